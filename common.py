@@ -1,0 +1,437 @@
+"""
+Plumbing shared by the scripts; no machine learning in here.
+
+    dataclass --from_cli--> config --init_distributed--> Run(device, rank, world) --> loop --> save_run --> out/<run>/
+                                                                                               config.json  model.safetensors  resume.pt
+Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; logging; images.
+Nothing to run here. Next: data.py, or go back to the reading order in README.md.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line and errors
+
+
+class UserError(Exception):
+    """What the user can mend: one sentence naming the file or flag, the value found and what was expected."""
+
+
+def command(main, *args):
+    """Run a script's `main(*args)`; a `UserError` becomes one line on stderr and exit code 2, without a traceback."""
+    try:
+        return main(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def from_cli(Config, presets={}, argv=None, positional=""):
+    """Build the dataclass `Config` from the command line: one --flag per field, and the field's comment is its help text.
+
+    `presets` maps a name to field values that replace the defaults; flags given by the user win over both. Tuples are
+    given as several words (--ks 1 2 4); the field named `positional` takes the words without a flag. An unknown flag or a
+    value of the wrong type ends the program with code 2.
+    """
+    notes = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
+    # allow_abbrev: without this, --time would silently mean --timesteps
+    parser = argparse.ArgumentParser(description=(Config.__doc__ or "").strip(), allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="start from a named set of values; flags override it")
+    for field in dataclasses.fields(Config):
+        default, help_text = field.default, notes.get(field.name, " ").replace("%", "%%")  # a bare % would crash --help
+        if field.name == positional:
+            parser.add_argument(field.name, nargs="*", default=default, help=help_text)
+            continue
+        if isinstance(default, bool):  # type=bool would read "False" as true
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(default, tuple):
+            kind = dict(nargs="+", type=type(default[0]), metavar=type(default[0]).__name__.upper())
+        else:
+            kind = dict(type=type(default), metavar=type(default).__name__.upper())
+        parser.add_argument("--" + field.name, default=default, help=help_text, **kind)
+    if presets:
+        parser.set_defaults(**presets.get(parser.parse_known_args(argv)[0].preset, {}))
+    values = vars(parser.parse_args(argv))
+    values.pop("preset", None)
+    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Devices and torchrun
+
+
+@dataclasses.dataclass
+class Run:
+    """Where this process runs: its device, its rank among `world` processes, and whether it may print and save."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+def pick_device(name="auto"):
+    """"auto" -> cuda, else mps, else cpu. A device asked for by name and absent raises `UserError`: no silent fallback."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device auto") from None
+    return device
+
+
+def init_distributed(device="auto"):
+    """The launcher decides: RANK in the environment (torchrun) -> a process group, nccl on CUDA, else gloo. Absent -> world 1.
+
+    Returns a `Run`. The same training code then runs on one CPU, one GPU or many.
+    """
+    if "RANK" not in os.environ:
+        return Run(pick_device(device))
+    device = pick_device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Run(device, dist.get_rank(), dist.get_world_size())
+
+
+def autocast(device, precision):
+    """Context for the forward pass: precision "bf16" runs matrix products in bfloat16, "fp32" changes nothing.
+
+    "auto" is bf16 where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX).
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision {precision}: expected auto, bf16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if has_native_bf16(device) else "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def has_native_bf16(device):
+    """Whether bfloat16 products are done in hardware here, and not emulated (which is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False  # mps: left at float32, not tested here
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedule and EMA
+
+
+def learning_rate(step, peak, warmup, steps, final=0.01):
+    """Linear warm-up to `peak` over `warmup` steps, then cosine to `final`·peak at `steps`. `step` counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))  # in [0, 1]
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_ema(model, decay):
+    """A copy of `model` whose parameters follow p_ema <- d·p_ema + (1-d)·p at each `.update_parameters(model)`.
+
+    d = min(decay, (1+n)/(10+n)) at update n, so that a short run is not dominated by its random initial weights
+    (the rule of tf.train.ExponentialMovingAverage). The averaged model is `.module`.
+    """
+    def average(ema_params, params, n):
+        d = min(decay, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(ema_params, params, 1 - d)
+    return AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files and checkpoints
+
+
+@contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path` and rename it over `path` if the block succeeds: no reader sees half a file."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path):
+    """Read a JSON file; a missing or broken one raises `UserError` naming it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def save_tensors(path, tensors, dtype=torch.float32):
+    """Write a state dict as safetensors, floating-point tensors in `dtype` (bfloat16 and float16 halve the file), atomically."""
+    tensors = {name: x.detach().to("cpu", dtype if x.is_floating_point() else None).contiguous() for name, x in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_tensors(path):
+    """Read a safetensors file, {name: tensor}. Raises `UserError` if it is missing or damaged."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def load_weights(module, tensors, path):
+    """Copy `tensors` into `module`, strictly: raises `UserError`, naming `path`, at a missing, extra, misshapen or non-finite one."""
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    for kind, names in (("lacks", missing), ("has the unexpected", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path}: {kind} tensor {names[0]}{more}; it belongs to a model of other sizes or another kind")
+    for name, x in tensors.items():
+        if x.shape != wanted[name].shape:
+            raise UserError(f"{path}: tensor {name} is {list(x.shape)}, expected {list(wanted[name].shape)}")
+        if x.is_floating_point() != wanted[name].is_floating_point():
+            raise UserError(f"{path}: tensor {name} is {x.dtype}, expected {wanted[name].dtype}")
+        if not torch.isfinite(x).all():
+            raise UserError(f"{path}: tensor {name} holds NaN or infinite values")
+    module.load_state_dict(tensors)
+
+
+def save_resume(path, **state):
+    """Write everything a run needs to go on (weights, optimizer, step, random states), atomically, with torch.save."""
+    state["rng"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state["rng_cuda"] = torch.cuda.get_rng_state()
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_resume(path, device):
+    """Read `save_resume`'s file (tensors and plain values only: weights_only=True executes nothing) and restore the RNG."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise UserError(f"{path}: cannot be read as a resume file ({str(error).splitlines()[0]})") from None
+    torch.set_rng_state(state["rng"].cpu())
+    if "rng_cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng_cuda"].cpu())
+    return state
+
+
+def provenance():
+    """What made this file: the commit (with + if the tree was changed), torch's version, the device's name."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    def git(*args):
+        done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    return {"commit": commit, "torch": torch.__version__,
+            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"}
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads (`stop.requested`), so that it saves before it ends."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGINT, self._ask)
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number, frame):
+        if self.requested:  # the second time means now
+            sys.exit(130)
+        self.requested = True
+        print("stopping after this step; once more to quit at once", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logging
+
+
+class Log:
+    """One line on the screen and the same record in `<directory>/log.jsonl`, from the main process only.
+
+    On resume the records of steps that will be done again are dropped, so that every step stands there once.
+    """
+
+    def __init__(self, directory, run, start_step=0):
+        self.path, self.active = os.path.join(directory, "log.jsonl"), run.is_main
+        if self.active and os.path.exists(self.path):
+            with open(self.path, encoding="utf-8") as file:
+                kept = [line for line in file if json.loads(line)["step"] < start_step]
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(kept)
+
+    def __call__(self, **record):
+        if not self.active:
+            return
+        record = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print("  ".join(f"{name} {_short(v)}" for name, v in record.items()), flush=True)
+
+
+def _short(value):
+    """A number, or a list of numbers, as it stands in a log line."""
+    if isinstance(value, (list, tuple)):
+        return "/".join(_short(v) for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def clock(seconds):
+    """Seconds -> "1h02m" or "3m20s"."""
+    seconds = int(seconds)
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images
+
+
+# Only formats whose decoders stay inside Pillow: its EPS reader, for one, starts another program on the file.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS = 178_956_970       # where Pillow itself refuses: 0.5 GiB of RGB
+Image.MAX_IMAGE_PIXELS = None  # `opened` checks instead, because Pillow's message does not say width and height
+
+
+@contextmanager
+def opened(source):
+    """Yield the image in `source` (a path or a binary file object) with its header read and its pixels not yet decoded.
+
+    The content decides the format, not the file's name. Whatever fails, also inside the block, raises `UserError`.
+    """
+    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "image in memory")
+    try:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if not 0 < width * height <= MAX_PIXELS:
+                raise UserError(f"{name}: {width} x {height} pixels; at least 1 and at most {MAX_PIXELS:,} are read")
+            yield image
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: not an image in a format that is read here ({', '.join(IMAGE_FORMATS)})") from None
+    except Exception as error:  # a damaged file makes Pillow raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"{name}: cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
+
+
+def read_image(source):
+    """Path or binary file object -> PIL image, RGB, upright. The first frame of an animation; transparency becomes white."""
+    with opened(source) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))  # cameras store "turn me" in EXIF and leave the pixels lying
+
+
+def _to_rgb(image):
+    """A PIL image of any mode -> RGB; where Pillow's convert would clip (16 bits, floats) or drop alpha, do it by hand."""
+    if image.mode == "F" or image.mode.startswith("I"):  # float, or integers wider than 8 bits
+        values = np.asarray(image, dtype=np.float64)
+        values = np.where(np.isfinite(values), values, 0)
+        top = values.max()
+        if image.mode != "F":
+            full = max(65535, top)  # 65535 / 255 = 257; 32-bit files may hold more
+        else:
+            full = 1 if top <= 1 else max(255, top)  # floats come as 0..1, as 0..255, or in a unit of their own
+        image = Image.fromarray((values * (255 / full)).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:  # an alpha channel, or one colour or palette entry declared transparent
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image, size):
+    """Scale the shorter side to `size` (an int, or (height, width)) and cut the centre out: one antialiased resampling."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def to_tensor(image):
+    """PIL RGB image -> (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
+    return (pixels.float() / 255 - 0.5) / 0.5
+
+
+def to_image(tensor):
+    """(3, H, W) in [-1, 1] -> PIL RGB image; values outside are clamped.
+
+    Rounds, so that to_image(to_tensor(image)) is the image again. The official helper truncates: up to one level darker.
+    """
+    pixels = (tensor.detach().float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255
+    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())  # (H, W, 3)
+
+
+def psnr(images, reference):
+    """Peak signal-to-noise ratio in dB per image (B,): images, reference (B, 3, H, W) in [-1, 1], images clamped to it.
+
+    10·log10(peak² / mean squared error), with peak = 2, the width of the range.
+    """
+    error = (images.float().clamp(-1, 1) - reference.float()).square().flatten(1).mean(1)  # (B,)
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+
+
+def save_grid(path, rows, header=(), scale=1):
+    """Write one PNG, a row for each entry of `rows`: a list of (3, H, W) tensors, or (B, 3, H, W), all in [-1, 1].
+
+    `header` puts a text over each column. Images under 128 pixels are enlarged by the next whole factor, each pixel a
+    square, so that nothing is smoothed that the model left rough; `scale` enlarges everything further.
+    """
+    rows = [[to_image(tensor) for tensor in row] for row in rows]
+    width, height = (max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
+    factor = scale * max(1, -(-128 // min(width, height)))
+    width, height, gap = width * factor, height * factor, 6
+    columns, top = max(len(row) for row in rows), 24 if header else 0
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap) + gap + top), "white")
+    draw = ImageDraw.Draw(sheet)
+    sizes = range(15, 8, -1)  # the largest of these at which every text fits its column, or else the smallest
+    font = next((f for f in map(ImageFont.load_default, sizes) if all(f.getlength(t) <= width for t in header)),
+                ImageFont.load_default(sizes[-1]))
+    for column, text in enumerate(header):
+        draw.text((gap + column * (width + gap) + width / 2, gap + top / 2), text, fill="black", font=font, anchor="mm")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+            sheet.paste(image, (gap + x * (width + gap), gap + top + y * (height + gap)))
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")  # the temporary name's ending says nothing

@@ -1,0 +1,216 @@
+"""
+Rectified flow: the path from data to noise, the training target, the samplers, guidance. No networks in here.
+
+    data (t=0) ------- x_t = (1-t)·data + t·noise -------> noise (t=1)          v = dx_t/dt = noise - data
+    image      <------ x <- x - v(x, t)/N, t from 1 to 1/N ------- fresh noise
+
+Papers: rectified flow, arXiv 2209.03003; FlexTok, arXiv 2502.13967 (the same path and sign, after minRF); guidance:
+CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Differences from the official code: we add Heun's method, and it has no loss.
+A *velocity* below is a function (x (B, ...), t (1,)) -> v (B, ...): all images of a sampling batch share t.
+
+    python flow.py          # 30 s on a CPU: learns a 2-D spiral, writes out/flow.png                    Next: model.py
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The path and the loss
+
+
+def _expand(t, x):
+    """t (B,) -> (B, 1, ..., 1), to be multiplied with x (B, ...)."""
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def interpolate(data, noise, t):
+    """x_t = (1-t)·data + t·noise.  data, noise (B, ...), t (B,) in [0, 1] -> (B, ...).         (arXiv 2209.03003, Eq. 1)"""
+    t = _expand(t, data)                                                          # (B, 1, ..., 1)
+    return (1 - t) * data + t * noise
+
+
+def velocity_target(data, noise):
+    """v = dx_t/dt = noise - data, the same for every t on the straight path."""
+    return noise - data
+
+
+def loss_per_sample(v_pred, v_target):
+    """Mean squared error over everything but the batch, in float32: (B, ...), (B, ...) -> (B,)."""
+    return (v_pred.float() - v_target.float()).square().flatten(1).mean(1)        # (B,)
+
+
+def loss_by_t(loss, t, bins=4):
+    """Sum and number of the losses in each quarter of [0, 1]: loss (B,), t (B,) -> (bins,), (bins,).
+
+    The most useful diagnostic of a flow: the loss near t=0 is nearly irreducible (guessing the noise from a clean
+    image), the one near t=1 says whether the decoder listens to its tokens, for at t=1 there is nothing else.
+    """
+    bin_of = (t * bins).long().clamp(max=bins - 1)                                # (B,), t=1 belongs to the last
+    in_bin = F.one_hot(bin_of, bins).to(loss.dtype)                               # (B, bins)
+    return loss.detach() @ in_bin, in_bin.sum(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which t to train on: one function per method, each returns (B,) in [0, 1]                FORK: a t sampler of your own
+
+
+def t_uniform(B, generator=None, device=None):
+    """t ~ U[0, 1)."""
+    return torch.rand(B, generator=generator, device=device)
+
+
+def t_logit_normal(B, mean=0.0, std=1.0, generator=None, device=None):
+    """t = sigmoid(mean + std·n), n ~ N(0, 1): most samples where the task is hardest.       (SD3, arXiv 2403.03206, Eq. 19)
+
+    mean 0, std 1 is the official default; a mean > 0 moves the samples towards noise.
+    """
+    return torch.sigmoid(mean + std * torch.randn(B, generator=generator, device=device))
+
+
+def t_stratified_logit_normal(B, generator=None, device=None):
+    """As `t_logit_normal(B)`, one sample in each of B slices of equal probability: less variance between batches.
+
+    u_i = (i + U[0,1))/B, t = sigmoid(√2·erfinv(2u-1)).                     (official: noise_modules.py, stratified)
+    """
+    slices = torch.arange(B, device=device) / B                                   # (B,)
+    u = slices + torch.rand(B, generator=generator, device=device) / B            # (B,)
+    # u = 0 would be erfinv(-1) = -inf: that is t = 0, which sigmoid gives without complaint
+    return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+
+def t_mode(B, scale=1.29, generator=None, device=None):
+    """t = 1 - u - s·(cos²(πu/2) - 1 + u): heavy around the middle, s = 0 is uniform.         (SD3, arXiv 2403.03206, Eq. 20)"""
+    u = torch.rand(B, generator=generator, device=device)
+    return 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samplers: walk from noise (t=1) to data (t=0)
+
+
+@torch.no_grad()
+def euler(velocity, noise, steps):
+    """Euler's method, `steps` evaluations at t = 1, 1-1/N, ..., 1/N.  noise (B, ...) -> (B, ...).         (official pipeline)"""
+    x = noise
+    for i in range(steps, 0, -1):
+        t = torch.tensor([i / steps], device=x.device)                            # (1,), float32
+        x = x - velocity(x, t) / steps
+    return x
+
+
+@torch.no_grad()
+def heun(velocity, noise, steps):
+    """Heun's method, second order: 2·steps - 1 evaluations.  noise (B, ...) -> (B, ...).      (EDM, arXiv 2206.00364, Alg. 1)
+
+    An Euler step looks ahead, the mean of both slopes is walked. The last step is Euler's: at t=0 the network was
+    hardly trained. Guidance with momentum (APG) sees both evaluations of a step.
+    """
+    x = noise
+    for i in range(steps, 0, -1):
+        t, t_next = (torch.tensor([j / steps], device=x.device) for j in (i, i - 1))
+        v = velocity(x, t)
+        if i > 1:
+            v = (v + velocity(x - v / steps, t_next)) / 2
+        x = x - v / steps
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guidance: push away from what the network would do without tokens
+
+
+def cfg(v_cond, v_uncond, cfg_scale):
+    """v = v_uncond + s·(v_cond - v_uncond), on all channels; s = 1 is v_cond.                  (CFG, arXiv 2207.12598, Eq. 6)"""
+    return v_uncond + cfg_scale * (v_cond - v_uncond)
+
+
+class APG:
+    """Adaptive projected guidance (arXiv 2410.02416, Alg. 1): CFG without over-saturation at large scales.
+
+    Call it once per step, in order, with v_cond, v_uncond (B, ...) -> v (B, ...). One object serves one sampling run:
+    it keeps a running difference for each sample (the momentum, negative: it pushes back repeated directions).
+    Defaults are the official ones. `threshold` caps the norm of the difference (0: no cap), `eta` is the weight of the
+    part parallel to v_cond, `axes` are those over which norms and projections run (default: all but the batch).
+    """
+
+    def __init__(self, momentum=-0.5, threshold=2.5, eta=0.0, axes=None):
+        self.momentum, self.threshold, self.eta, self.axes = momentum, threshold, eta, axes
+        self.running = 0.0
+
+    def __call__(self, v_cond, v_uncond, cfg_scale):
+        axes = self.axes or tuple(range(1, v_cond.dim()))
+        self.running = v_cond - v_uncond + self.momentum * self.running
+        diff = self.running  # the cap below does not feed back into the running value
+        if self.threshold > 0:
+            # norm 0 -> factor min(1, inf) = 1
+            diff = diff * (self.threshold / torch.linalg.vector_norm(diff, dim=axes, keepdim=True)).clamp(max=1)
+        # float64 as official: the parallel part is a small difference of large sums (mps has no float64)
+        wide = torch.float32 if diff.device.type == "mps" else torch.float64
+        unit = v_cond.to(wide)
+        unit = unit / unit.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
+        parallel = (diff.to(wide) * unit).sum(axes, keepdim=True) * unit
+        orthogonal = diff.to(wide) - parallel
+        # v = v_cond + (s-1)·(orthogonal + η·parallel)                                   (APG Eq. 7; s = cfg_scale)
+        return v_cond + (cfg_scale - 1) * (orthogonal.to(diff.dtype) + self.eta * parallel.to(diff.dtype))
+
+
+def guided(v_cond, v_uncond, cfg_scale, combine=cfg):
+    """Join two velocities into one: `combine` is `cfg` or an `APG()`; cfg_scale is a number or a function of t.
+
+    v_cond, v_uncond: functions (x, t) -> v. With the number 1 the unconditional one is never evaluated.
+    """
+    if not callable(cfg_scale) and cfg_scale == 1.0:
+        return v_cond
+    def velocity(x, t):
+        scale = cfg_scale(t.item()) if callable(cfg_scale) else cfg_scale
+        return combine(v_cond(x, t), v_uncond(x, t), scale)
+    return velocity
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Demo: a 2-D spiral
+
+
+def _demo(steps=2000):
+    import os
+
+    from PIL import Image, ImageDraw
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128), torch.nn.SiLU(),
+                              torch.nn.Linear(128, 128), torch.nn.SiLU(), torch.nn.Linear(128, 2))
+    velocity = lambda x, t: net(torch.cat([x, t.expand(len(x)).unsqueeze(1)], 1))  # noqa: E731, (B, 3) -> (B, 2)
+
+    def spiral(B):
+        angle = 3 * math.pi * torch.rand(B).sqrt()
+        return torch.stack([angle.cos(), angle.sin()], 1) * angle.unsqueeze(1) / 5 + 0.03 * torch.randn(B, 2)  # (B, 2)
+
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        data, noise, t = spiral(512), torch.randn(512, 2), t_uniform(512)
+        loss = loss_per_sample(velocity(interpolate(data, noise, t), t), velocity_target(data, noise))
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        schedule.step()
+        if step % 500 == 499:
+            sums, counts = loss_by_t(loss, t)
+            print(f"step {step + 1}: loss {loss.mean():.3f}, in the quarters of t", [f"{x:.2f}" for x in sums / counts])
+    noise = torch.randn(2000, 2)
+    panels = {"data": spiral(2000), "Euler, 4 steps": euler(velocity, noise, 4), "Heun, 4 steps": heun(velocity, noise, 4),
+              "Euler, 50 steps": euler(velocity, noise, 50)}
+    picture = Image.new("RGB", (300 * len(panels), 320), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (name, points) in enumerate(panels.items()):
+        draw.text((300 * i + 10, 5), name, fill="black")
+        for x, y in (points * 60 + torch.tensor([300 * i + 150, 170])).tolist():
+            draw.point((x, y), fill="navy")
+    os.makedirs("out", exist_ok=True)
+    picture.save("out/flow.png")
+    print("wrote out/flow.png")
+
+
+if __name__ == "__main__":
+    _demo()

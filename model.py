@@ -1,0 +1,522 @@
+"""
+The tokenizer: an image becomes K ordered tokens, and any first k of them become a plausible image again.
+
+    images (B,3,H,W) --VAE--> latents (B,C,h,w) --Encoder--> (B,K,L) --FSQ--> codes (B,K,L) in [-1,1] = tokens (B,K)
+    images <--VAE-- latents <--flow sampler-- noise (B,C,h,w), where velocity = Decoder(x_t, t, first k codes)
+
+Paper: FlexTok, arXiv 2502.13967, Sec. 3. Numerically equal to the official code (test_all.py, section golden), with three
+exact savings that it does not have; each is derived where it is made: search this file for SAVING.
+Letters: B batch, C latent channels, h w latent grid, p patch size, N patches, K registers, k kept ones, L FSQ dimensions,
+D width, nh hd heads and head size.
+
+    python model.py         # prints who attends to whom, the shapes, and the sizes of d12-d12         Next: train_tokenizer.py
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+import flow
+from common import UserError, load_tensors, load_weights, read_json, save_tensors, write_json
+from fsq import FSQ
+from vae import VAE, VAEConfig
+
+
+@dataclass
+class TokenizerConfig:
+    """Sizes of encoder and decoder. The defaults are d12-d12 at 256 px, as released."""
+    latent_channels: int = 16
+    grid: tuple = (16, 16)            # patches (rows, columns) of a training image; other image sizes work too
+    patch_size: int = 2               # latents per patch side
+    enc_width: int = 768
+    enc_depth: int = 12
+    enc_head_dim: int = 64
+    dec_width: int = 768
+    dec_depth: int = 12
+    dec_head_dim: int = 64
+    registers: int = 256              # K, the most tokens an image can have
+    levels: tuple = (8, 8, 8, 5, 5, 5)
+    max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
+    drop_quant_p: float = 0.0         # see FSQ
+    corrupt_tokens_p: float = 0.0     # see FSQ
+    # Two choices that matter at initialisation only. The values here are the official ones; small models trained for
+    # minutes need larger ones to start using their tokens at all (README, FAQ "the decoder ignores the tokens").
+    position_std: float = 0.02        # of the decoder's register positions
+    head_std: float = 0.0             # of the encoder's last layer, the one that feeds FSQ
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts of a transformer block
+
+
+def norm(x):
+    """LayerNorm over the last axis without learned scale or shift; torch computes its statistics in float32 for any dtype."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Self-attention with normalised queries and keys (QK-norm, arXiv 2010.04245). Linear layers have no bias."""
+
+    def __init__(self, width, head_dim):
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
+        self.head_dim = head_dim
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wk = nn.Linear(width, width, bias=False)
+        self.wv = nn.Linear(width, width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, attend):
+        """x (B, n, D) -> (B, n, D). `attend(q, k, v, scale)` maps three (B, nh, n, hd) to one: who sees whom is its choice."""
+        B, n, D = x.shape
+        q, k, v = (w(x).view(B, n, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))  # (B, nh, n, hd)
+        # 8/hd is muP's 1/hd rule, made to equal the usual 1/√hd at head size 64        (official: attention.py)
+        x = attend(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=8 / self.head_dim)
+        return self.proj(x.transpose(1, 2).reshape(B, n, D))                      # (B, n, D)
+
+
+class SwiGLU(nn.Module):
+    """fc2(SiLU(fc1 x) · fc3 x), (B, n, D) -> (B, n, D) (arXiv 2002.05202); hidden size 8/3·D, rounded down as official."""
+
+    def __init__(self, width):
+        super().__init__()
+        hidden = int(2 * (4 * width) / 3)  # 768 -> 2048, 1792 -> 4778
+        self.fc1 = nn.Linear(width, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, width, bias=False)
+        self.fc3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += Attention(norm x); x += SwiGLU(norm x)."""
+
+    def __init__(self, width, head_dim):
+        super().__init__()
+        self.attn = Attention(width, head_dim)
+        self.mlp = SwiGLU(width)
+
+    def forward(self, x, attend):
+        x = x + self.attn(norm(x), attend)
+        return x + self.mlp(norm(x))
+
+
+class AdaLNBlock(nn.Module):
+    """A block whose norms are shifted and scaled, and whose branches are gated, by functions of t (adaLN-zero, arXiv 2212.09748).
+
+    Patches and registers share the weights and attend jointly, but have modulations of their own.
+    """
+
+    def __init__(self, width, head_dim):
+        super().__init__()
+        self.attn = Attention(width, head_dim)
+        self.mlp = SwiGLU(width)
+        self.adaln = nn.Linear(width, 12 * width)
+
+    def forward(self, x, t_embedding, N, attend):
+        """x (B, N + registers, D), t_embedding (B or 1, D) -> like x."""
+        # SAVING 3. When all samples share t, t_embedding has one row: this layer, as large as all others of the
+        # block together, then runs once per step and not once per image (and never once per token).
+        m = self.adaln(F.silu(t_embedding)).unflatten(-1, (2, 6, -1))             # (B or 1, 2 streams, 6, D)
+        # official order, not DiT's: both gates first
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = m.unbind(2)  # each (B or 1, 2, D)
+        x = x + per_stream(self.attn(modulate(norm(x), shift_attn, scale_attn, N), attend), gate_attn, N)
+        return x + per_stream(self.mlp(modulate(norm(x), shift_mlp, scale_mlp, N)), gate_mlp, N)
+
+
+def per_stream(x, gate, N):
+    """Multiply the first N tokens of x (B, n, D) by gate[:, 0] and the others by gate[:, 1]; gate (B or 1, 2, D)."""
+    return torch.cat([x[:, :N] * gate[:, :1], x[:, N:] * gate[:, 1:]], 1)         # (B, n, D)
+
+
+def modulate(x, shift, scale, N):
+    """x·(1 + scale) + shift, patches (the first N tokens) and registers each with their own; shift, scale (B or 1, 2, D)."""
+    return torch.cat([x[:, :N] * (1 + scale[:, :1]) + shift[:, :1],
+                      x[:, N:] * (1 + scale[:, 1:]) + shift[:, 1:]], 1)           # (B, n, D)
+
+
+def sincos_2d(D, rows, columns):
+    """Fixed positional table (1, D, rows, columns): sin and cos of the row in the first half, of the column in the second."""
+    if D % 4:
+        raise ValueError(f"width {D} is not a multiple of 4, which 2-D sine-cosine positions need")
+    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))    # (D/4,)
+    row = (torch.arange(rows)[:, None] * omega).T[:, :, None].expand(-1, -1, columns)   # (D/4, rows, columns)
+    column = (torch.arange(columns)[:, None] * omega).T[:, None, :].expand(-1, rows, -1)  # (D/4, rows, columns)
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()]).float().unsqueeze(0)  # (1, D, rows, columns)
+
+
+class PatchEmbed(nn.Module):
+    """latents (B, C, h, w) -> patches (B, N, D) in row-major order, with fixed 2-D positions; N = h/p · w/p."""
+
+    def __init__(self, channels, patch_size, width, grid):
+        super().__init__()
+        self.p = patch_size
+        self.proj = nn.Linear(patch_size**2 * channels, width)
+        self.register_buffer("positions", sincos_2d(width, *grid))                # (1, D, rows, columns), saved: official has it too
+
+    def forward(self, latents):
+        rows, columns = latents.shape[2] // self.p, latents.shape[3] // self.p
+        positions = self.positions[:, :, :rows, :columns]                         # (1, D, <= rows, <= columns)
+        if positions.shape[2:] != (rows, columns):  # larger than in training: the same waves, further out
+            positions = sincos_2d(self.proj.out_features, rows, columns).to(positions)
+        return self.proj(patchify(latents, self.p)) + positions.flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+def patchify(latents, p):
+    """(B, C, h, w) -> (B, N, p·p·C), the channel fastest. Raises ValueError if p does not divide h and w."""
+    B, C, h, w = latents.shape
+    if h % p or w % p:
+        raise ValueError(f"latent grid {h} x {w} is not a multiple of the patch size {p}; resize or crop the image")
+    x = latents.view(B, C, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)        # (B, h/p, w/p, p, p, C)
+    return x.reshape(B, (h // p) * (w // p), p * p * C)                           # (B, N, p·p·C)
+
+
+def unpatchify(patches, p, h, w):
+    """Inverse of `patchify`: (B, N, p·p·C) -> (B, C, h, w)."""
+    x = patches.view(len(patches), h // p, w // p, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # (B, C, h/p, p, w/p, p)
+    return x.reshape(len(patches), -1, h, w)                                      # (B, C, h, w)
+
+
+def init_linear(module):
+    """Xavier-uniform weights and zero biases for every linear layer below `module`, as official."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def token_parameter(*shape, std=0.02):
+    """A learned vector (or several), drawn from a normal cut at ±2 (official: an absolute cut, not one in std)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoder
+
+
+def prefix_causal_attention(N):
+    """Patches see all patches; register j sees all patches and registers 0..j. Returns an `attend` for `Attention`.
+
+    SAVING 2. Written as one attention with a mask, this is a dense (N+K)² mask, which leaves the fast kernels. But the
+    mask has only two kinds of rows: patch rows see exactly the patches, so they are attention without any mask; register
+    rows see everything but the registers to their right, which is causal attention aligned at the lower right corner.
+    Two calls without a dense mask compute the same numbers. And because nothing ever looks at register j from before
+    it, leaving out the registers from k on does not change the first k: k tokens cost N + k.
+    """                                                                         # FORK: another attention mask
+    def attend(q, k, v, scale):
+        patches = F.scaled_dot_product_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], scale=scale)       # (B, nh, N, hd)
+        mask = causal_lower_right(q.shape[2] - N, k.shape[2])
+        registers = F.scaled_dot_product_attention(q[:, :, N:], k, v, attn_mask=mask, scale=scale)         # (B, nh, k, hd)
+        return torch.cat([patches, registers], 2)                                 # (B, nh, N + k, hd)
+    return attend
+
+
+class Encoder(nn.Module):
+    """latents (B, C, h, w), scaled -> (B, k, L) unbounded numbers for FSQ: what register tokens read from the patches."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch_embed = PatchEmbed(config.latent_channels, config.patch_size, config.enc_width, config.grid)
+        self.blocks = nn.ModuleList(Block(config.enc_width, config.enc_head_dim) for _ in range(config.enc_depth))
+        self.head = nn.Linear(config.enc_width, len(config.levels))
+        init_linear(self)
+        nn.init.normal_(self.head.weight, std=config.head_std)
+        self.registers = token_parameter(config.registers, config.enc_width)      # (K, D)
+
+    def forward(self, latents, k=None):
+        """k: how many registers, the first ones; None is all K. Raises ValueError if k is not in 1..K."""
+        K = len(self.registers)
+        k = K if k is None else k
+        if not 1 <= k <= K:
+            raise ValueError(f"k={k}: expected 1 to {K} tokens")
+        patches = self.patch_embed(latents)                                       # (B, N, D)
+        B, N, _ = patches.shape
+        x = torch.cat([patches, self.registers[:k].expand(B, -1, -1)], 1)         # (B, N + k, D)
+        attend = prefix_causal_attention(N)
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.head(norm(x[:, N:]))                                          # (B, k, L)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nested dropout
+
+
+def sample_k(B, K, mode, generator=None):
+    """How many tokens each training sample keeps: (B,) int64 in 1..K, on the CPU so that grouping by k needs no GPU sync.
+
+    This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
+    dropout, arXiv 1402.0915; FlexTok Sec. 3.2). Modes: "uniform" over 1..K; "pow2" uniform over 1, 2, 4, ..., K (as much
+    training for 1 token as for 256); "uniform_pow2" uniform, then rounded up to a power of two.   # FORK: a k schedule
+    """
+    if mode == "uniform":
+        return torch.randint(1, K + 1, (B,), generator=generator)
+    if mode == "pow2":
+        choices = torch.tensor(powers_of_two(K))
+        return choices[torch.randint(len(choices), (B,), generator=generator)]    # (B,)
+    if mode == "uniform_pow2":
+        return round_up_to_pow2(torch.randint(1, K + 1, (B,), generator=generator)).clamp(max=K)
+    raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
+
+
+def powers_of_two(K):
+    """[1, 2, 4, ..., K]: the numbers of tokens at which reconstructions are shown and measured; K is always the last."""
+    return [2**i for i in range(K.bit_length()) if 2**i < K] + [K]
+
+
+def round_up_to_pow2(k):
+    """k (B,) int64 >= 1 -> the next power of two at or above each."""
+    return 2 ** (k - 1).double().add(0.5).log2().ceil().clamp(min=0).long()       # k-1+0.5 is never itself a power
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoder
+
+
+class TimeEmbed(nn.Module):
+    """t (B,) in [0, max_timestep] -> (B, D): 256 cosines and sines of t through a two-layer MLP."""
+
+    def __init__(self, width, max_timestep):
+        super().__init__()
+        self.max_timestep = max_timestep
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        # max_period is 256, not the usual 10,000. Angles reach 1000 radians, so the rounding of the frequencies shows:
+        # exp(...) in float32 and in this order is within 2e-6 of official, pow(256, -j/128) is 1e-5 off.
+        j = torch.arange(128, dtype=torch.float32, device=t.device)               # (128,)
+        frequencies = 1000 / self.max_timestep * torch.exp(-math.log(256) * j / 128)
+        angles = t.float()[:, None] * frequencies                                 # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))               # (B, 256) -> (B, D)
+
+
+class Decoder(nn.Module):
+    """A flow network: noisy latents x_t, time t and the first k codes -> velocity. No sample ever sees another."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, C, self.p, self.K = config.dec_width, config.latent_channels, config.patch_size, config.registers
+        self.patch_embed = PatchEmbed(C, self.p, D, config.grid)
+        self.from_codes = nn.Linear(len(config.levels), D)
+        self.time_embed = TimeEmbed(D, config.max_timestep)
+        self.blocks = nn.ModuleList(AdaLNBlock(D, config.dec_head_dim) for _ in range(config.dec_depth))
+        self.head_adaln = nn.Linear(D, 2 * D)
+        self.head = nn.Linear(D, self.p**2 * C)
+        init_linear(self)
+        # adaLN-zero: at the start every block is the identity and the velocity is 0
+        for layer in [block.adaln for block in self.blocks] + [self.head_adaln, self.head]:
+            nn.init.zeros_(layer.weight)
+        self.positions = token_parameter(self.K, D, std=config.position_std)      # (K, D), of the registers
+        self.mask_token = token_parameter(D)                                      # stands for a dropped register
+        self.null_token = token_parameter(D)                                      # stands for every register: "no condition"
+
+    def forward(self, x_t, t, codes, k_keep=None, null=None):
+        """x_t (B, C, h, w), t (B,) or (1,) in [0, 1], codes (B, k, L) with 0 <= k <= K -> velocity (B, C, h, w).
+
+        The K - k registers after `codes` count as dropped. k_keep (B,), at most k: sample i keeps only its first
+        k_keep[i]. null (B,) bool: sample i has no condition at all, its codes are ignored.
+        """
+        B, C, h, w = x_t.shape
+        patches = self.patch_embed(x_t)                                           # (B, N, D)
+        registers, heavy = self.registers_of(codes, k_keep, null)                 # (B, k or k + 1, D)
+        x = torch.cat([patches, registers], 1)                                    # (B, n, D)
+        N = patches.shape[1]
+        attend = full_attention(x.shape[1], heavy, x.device)
+        t_embedding = self.time_embed(t)                                          # (B or 1, D)
+        for block in self.blocks:
+            x = block(x, t_embedding, N, attend)
+        shift, scale = self.head_adaln(F.silu(t_embedding)).unsqueeze(1).chunk(2, -1)  # each (B or 1, 1, D)
+        return unpatchify(self.head(norm(x[:, :N]) * (1 + scale) + shift), self.p, h, w)  # (B, C, h, w)
+
+    def registers_of(self, codes, k_keep, null):
+        """The registers' input, and for how many equal ones the last of them stands: (B, k or k + 1, D), int."""
+        B, k, _ = codes.shape
+        if k > self.K:
+            raise ValueError(f"{k} tokens, but this model has {self.K} registers")
+        registers = self.from_codes(codes) + self.positions[:k]                   # (B, k, D)
+        if k_keep is not None:
+            kept = torch.arange(k, device=codes.device) < k_keep.to(codes.device)[:, None]  # (B, k)
+            # after the position was added: all dropped registers are one and the same vector
+            registers = torch.where(kept[..., None], registers, self.mask_token)
+        if k < self.K:
+            registers = torch.cat([registers, self.mask_token.expand(B, 1, -1).to(registers.dtype)], 1)  # (B, k + 1, D)
+        if null is not None:
+            registers = torch.where(null.to(codes.device)[:, None, None], self.null_token, registers)
+        return registers, self.K - k
+
+
+def full_attention(n, heavy, device):
+    """Everyone sees everyone; the last of the n tokens counts `heavy` times. Returns an `attend` for `Attention`.
+
+    SAVING 1. The K - k dropped registers enter as the same vector, with no position, no mask and the same modulation: by
+    symmetry they leave every block as the same vector again. So one of them is enough, if attention still counts them
+    all. In softmax(q·key), m equal keys put m·exp(s) where one puts exp(s); and m·exp(s) = exp(s + log m): adding log m
+    to that key's logit is exact. Its value is then weighted m times too, as m equal values would be. So N + k + 1 tokens
+    compute what N + K did, gradients included (they are the same function), and the null condition costs N + 1.
+    """
+    bias = None
+    if heavy > 1:  # heavy = 1: log 1 = 0; heavy = 0: no register was dropped
+        bias = torch.zeros(1, 1, 1, n, device=device)
+        bias[..., -1] = math.log(heavy)
+    def attend(q, k, v, scale):
+        mask = None if bias is None else bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return attend
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# FlexTok
+
+
+class FlexTok(nn.Module):
+    """The whole tokenizer: VAE (frozen), encoder, FSQ, decoder.
+
+    >>> tokenizer = FlexTok.from_pretrained("assets/emoji64")
+    >>> tokens = tokenizer.tokenize(images)                        # list of B tensors (1, K)
+    >>> images = tokenizer.detokenize([t[:, :16] for t in tokens])
+    """
+
+    def __init__(self, config, vae):
+        super().__init__()
+        if config.latent_channels != vae.config.latent_channels:
+            raise ValueError(f"the tokenizer takes {config.latent_channels} latent channels, the VAE has {vae.config.latent_channels}")
+        self.config = config
+        self.vae = vae.requires_grad_(False)
+        self.encoder = Encoder(config)
+        self.fsq = FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)     # FORK: another quantizer
+        self.decoder = Decoder(config)
+
+    @property
+    def image_size(self):
+        """(H, W) of the training images, in pixels."""
+        return tuple(side * self.config.patch_size * self.vae.downsampling for side in self.config.grid)
+
+    def forward(self, latents, x_t, t, k_keep, null):
+        """One training pass: latents, x_t (B, C, h, w), t (B,) -> velocity (B, C, h, w), tokens (B, K).
+
+        k_keep (B,) int64 and null (B,) bool live on the CPU (grouping must not wait for the GPU). Samples that keep about
+        as many tokens are decoded together, so that a sample with 2 tokens costs N + 3 and not N + K.
+        """
+        codes, tokens = self.fsq(self.encoder(latents))                           # (B, K, L), (B, K)
+        # each k goes into the group of the next power of two, the null condition into group 0: few, large groups
+        group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(max=self.config.registers))  # (B,)
+        order, velocities = [], []
+        for k in group.unique().tolist():
+            members = (group == k).nonzero().squeeze(1)                           # (b,)
+            order.append(members)
+            i = members.to(latents.device, non_blocking=True)
+            velocities.append(self.decoder(x_t[i], t[i], codes[i, :k], k_keep[members], null[members]))
+        back = torch.cat(order).argsort().to(latents.device)                      # (B,)
+        return torch.cat(velocities)[back], tokens                                # (B, C, h, w), (B, K)
+
+    @torch.no_grad()
+    def tokenize(self, images, k=None, sample_posterior=False):
+        """images (B, 3, H, W) in [-1, 1] -> list of B int64 tensors (1, k); k=None gives all K.
+
+        Uses the mean of the VAE's posterior, so that it is repeatable; `sample_posterior=True` draws from it, as the
+        official code does. Asking for k tokens costs less and gives the first k of all of them.
+        """
+        _, tokens = self.fsq(self.encoder(self.vae.latents(images, sample_posterior), k))
+        return list(tokens.split(1))                                              # B x (1, k)
+
+    @torch.no_grad()
+    def detokenize(self, tokens, timesteps=25, guidance_scale=7.5, perform_norm_guidance=True, generator=None,
+                   vae_image_sizes=None):
+        """List of B integer tensors (1, k_i) or (k_i,), 1 <= k_i <= K -> images (B, 3, H, W), about [-1, 1], unclamped.
+
+        timesteps: Euler steps. guidance_scale: 1.0 is no guidance; a number or a function of t. perform_norm_guidance:
+        APG instead of CFG. generator: makes it repeatable; noise is drawn image by image, so one seed gives what the
+        official code gives. vae_image_sizes: size of the latent grid (not of the image), an int or a list of B equal
+        (h, w); None is the size of training. Raises ValueError for tokens that are no such list.
+        """
+        device = self.decoder.mask_token.device
+        codes, k_keep = self.codes_of(tokens)                                     # (B, k, L), (B,)
+        B, (h, w) = len(codes), self._latent_size(vae_image_sizes, len(codes))
+        draw_on = generator.device if generator is not None else device
+        noise = torch.cat([torch.randn(1, self.config.latent_channels, h, w, generator=generator, device=draw_on)
+                           for _ in range(B)]).to(device)                         # (B, C, h, w)
+        nothing, everyone = codes[:, :0], torch.ones(B, dtype=torch.bool, device=device)
+        latents = flow.euler(flow.guided(
+            v_cond=lambda x, t: self.decoder(x, t, codes, k_keep).float(),
+            v_uncond=lambda x, t: self.decoder(x, t, nothing, null=everyone).float(),
+            cfg_scale=guidance_scale,
+            combine=flow.APG() if perform_norm_guidance else flow.cfg), noise, timesteps)
+        return self.vae.decode(latents)                                           # (B, 3, H, W)
+
+    def codes_of(self, tokens):
+        """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded to the longest; k_keep (B,), or None if equal."""
+        if not len(tokens):
+            raise ValueError("no tokens to decode: the list is empty")
+        device = self.decoder.mask_token.device
+        rows = [torch.as_tensor(row, device=device).reshape(-1) for row in tokens]      # B x (k_i,)
+        for i, row in enumerate(rows):
+            if not 1 <= len(row) <= self.config.registers:
+                raise ValueError(f"image {i} has {len(row)} tokens, expected 1 to {self.config.registers}")
+        lengths = torch.tensor([len(row) for row in rows], device=device)         # (B,)
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)                # (B, k)
+        same = all(len(row) == len(rows[0]) for row in rows)
+        return self.fsq.tokens_to_codes(padded), None if same else lengths
+
+    def _latent_size(self, sizes, B):
+        """The (h, w) that `detokenize`'s vae_image_sizes asks for."""
+        if sizes is None:
+            return tuple(side * self.config.patch_size for side in self.config.grid)
+        if isinstance(sizes, int):
+            return sizes, sizes
+        sizes = [tuple(size) for size in sizes]
+        if len(sizes) != B or any(size != sizes[0] for size in sizes):
+            raise ValueError(f"vae_image_sizes {sizes}: expected one (h, w) for each of {B} images, all equal; decode others apart")
+        return sizes[0]
+
+    def save_pretrained(self, directory, dtype=torch.float32, **notes):
+        """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
+        write_json(os.path.join(directory, "config.json"),
+                   {"format": "minFlexTok", "tokenizer": asdict(self.config), "vae": asdict(self.vae.config), **notes})
+        save_tensors(os.path.join(directory, "model.safetensors"), self.state_dict(), dtype)
+
+    @classmethod
+    def from_pretrained(cls, directory, device="cpu"):
+        """Read what `save_pretrained` wrote, in float32, in eval mode. Raises UserError naming the file and the reason."""
+        path = os.path.join(directory, "config.json")
+        saved = read_json(path)
+        if not isinstance(saved, dict) or saved.get("format") != "minFlexTok":
+            raise UserError(f'{path}: not a minFlexTok tokenizer (expected "format": "minFlexTok")')
+        try:
+            config, vae = TokenizerConfig(**_tuples(saved["tokenizer"])), VAE(VAEConfig(**_tuples(saved["vae"])))
+            model = cls(config, vae)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: does not describe a tokenizer ({error})") from None
+        weights = os.path.join(directory, "model.safetensors")
+        load_weights(model, load_tensors(weights), weights)
+        return model.to(device).eval()
+
+
+def _tuples(fields):
+    """JSON has lists where our dataclasses have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in dict(fields).items()}
+
+
+if __name__ == "__main__":
+    N, K = 4, 4
+    print("Encoder: who (row) sees whom (column); p patch, r register. In the decoder everyone sees everyone.")
+    names = ["p"] * N + [f"r{j}" for j in range(K)]
+    print("     " + " ".join(f"{name:>2}" for name in names))
+    one_hot = torch.eye(N + K).view(1, 1, N + K, N + K)                           # values that tell whom they come from
+    seen = prefix_causal_attention(N)(torch.zeros_like(one_hot), torch.zeros_like(one_hot), one_hot, scale=1.0)[0, 0]
+    for name, row in zip(names, seen):
+        print(f"  {name:>2} " + " ".join(" x" if weight > 0 else " ." for weight in row))
+    with torch.device("meta"):  # shapes without memory
+        encoder, decoder = Encoder(TokenizerConfig()), Decoder(TokenizerConfig())
+        latents = torch.empty(2, 16, 32, 32)
+        codes = encoder(latents)
+        velocity = decoder(latents, torch.empty(2), codes[:, :16])
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    print(f"d12-d12: latents {tuple(latents.shape)} -> codes {tuple(codes.shape)} -> velocity {tuple(velocity.shape)}; "
+          f"{count(encoder):,} + {count(decoder):,} trainable parameters")

@@ -1,0 +1,230 @@
+"""
+Use a trained tokenizer from the command line: rebuild images from few tokens, write tokens to a file, turn them back.
+
+    python sample.py                                            # 8 held-out emoji from 1, 2, 4, ... tokens: out/reconstruct.png
+    python sample.py reconstruct a.jpg photos/ --n 4            # your images: any size, the centre is cut out
+    python sample.py encode a.jpg b.png --k 16 --out tokens.json      # or tokens.npy
+    python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
+
+With no --checkpoint the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say of
+them. Takes seconds on a CPU.                                                     Next: train_tokenizer.py, to train your own
+"""
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common import UserError, command, fit, from_cli, pick_device, psnr, read_image, read_json, replacing, save_grid, to_tensor, write_json
+from data import Emoji, list_files
+from model import FlexTok, powers_of_two
+
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji64")
+
+
+@dataclass
+class Reconstruct:
+    """Rebuild images from 1, 2, 4, ... tokens. Commands: reconstruct (the default), encode, decode; each has its --help."""
+    paths: tuple = ()                # images and folders; none: held-out emoji
+    out: str = "out/reconstruct.png"  # the picture to write
+    n: int = 8                       # at most this many images
+    ks: tuple = (0,)                 # numbers of tokens; 0: 1, 2, 4, ..., all
+    timesteps: int = 25              # steps of the flow sampler
+    guidance_scale: float = 0.0      # 1.0: none; 0.0: what the checkpoint recommends
+    seed: int = 0                    # of the sampler's noise
+    checkpoint: str = SHIPPED        # directory of a tokenizer
+    device: str = "auto"             # auto, cpu, cuda, mps
+
+
+@dataclass
+class Encode:
+    """Write the tokens of images to a .json or .npy file."""
+    paths: tuple = ()                # images and folders
+    out: str = "out/tokens.json"     # .json (with the names), or .npy (int64, one row an image)
+    k: int = 0                       # tokens per image; 0: all
+    checkpoint: str = SHIPPED        # directory of a tokenizer
+    device: str = "auto"             # auto, cpu, cuda, mps
+
+
+@dataclass
+class Decode:
+    """Turn a file of tokens back into images."""
+    paths: tuple = ()                # one .json or .npy file, as written by encode
+    out: str = "out/decoded.png"     # a picture with a row per image and a column per k; or a folder/, for single images
+    ks: tuple = (0,)                 # keep only this many tokens; 0: all there are
+    timesteps: int = 25              # steps of the flow sampler
+    guidance_scale: float = 0.0      # 1.0: none; 0.0: what the checkpoint recommends
+    seed: int = 0                    # of the sampler's noise
+    checkpoint: str = SHIPPED        # directory of a tokenizer
+    device: str = "auto"             # auto, cpu, cuda, mps
+
+
+def reconstruct(config):
+    """Write the grid: original, then the image rebuilt from each number of tokens; print the mean PSNR of each column."""
+    tokenizer = load(config)
+    ks = [tokenizer.config.registers if k == 0 else k for k in config.ks]
+    if config.ks == (0,):
+        ks = powers_of_two(tokenizer.config.registers)
+    check_ks(ks, tokenizer)
+    if config.n < 1:
+        raise UserError(f"--n {config.n}: expected at least 1 image")
+    images = load_images(config.paths, tokenizer, config.n)[1] if config.paths else held_out_emoji(tokenizer, config.n)
+    images = images.to(pick_device(config.device))                                # (B, 3, H, W)
+    tokens = tokenizer.tokenize(images, k=max(ks))                                # B x (1, k)
+    columns = [images]
+    for k in ks:
+        columns.append(sample(tokenizer, [row[:, :k] for row in tokens], config))
+        print(f"k = {k:3d}: {psnr(columns[-1], images).mean():.2f} dB")
+    write_rows(config.out, columns, ["original", *(f"k={k}" for k in ks)])
+
+
+def encode(config):
+    """Images -> a file of tokens."""
+    if not config.paths:
+        raise UserError("encode: name at least one image or folder")
+    if not config.out.endswith((".json", ".npy")):
+        raise UserError(f"--out {config.out}: expected a name that ends in .json or .npy")
+    tokenizer = load(config)
+    k = config.k or tokenizer.config.registers
+    check_ks([k], tokenizer)
+    names, images = load_images(config.paths, tokenizer)
+    tokens = torch.cat(tokenizer.tokenize(images.to(pick_device(config.device)), k=k)).cpu()  # (B, k)
+    if config.out.endswith(".npy"):
+        with replacing(config.out) as temporary, open(temporary, "wb") as file:
+            np.save(file, tokens.numpy())
+    else:
+        write_json(config.out, {"vocab_size": tokenizer.fsq.vocab_size, "registers": tokenizer.config.registers,
+                                "images": [{"name": name, "tokens": row} for name, row in zip(names, tokens.tolist())]})
+    print(f"wrote {len(tokens)} x {k} tokens to {config.out}")
+
+
+def decode(config):
+    """A file of tokens -> images."""
+    if len(config.paths) != 1:
+        raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
+    tokenizer = load(config)
+    names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
+    shortest = min(len(row) for row in tokens)
+    for k in config.ks:
+        if k and not 1 <= k <= shortest:
+            raise UserError(f"--ks {k}: {config.paths[0]} has {shortest} tokens per image, so expected 1 to {shortest}")
+    columns = [sample(tokenizer, [row[:k] if k else row for row in tokens], config) for k in config.ks]
+    if config.out.endswith(".png"):
+        return write_rows(config.out, columns, [f"k={k}" if k else "all tokens" for k in config.ks])
+    for k, column in zip(config.ks, columns):
+        for name, image in zip(names, column):
+            path = os.path.join(config.out, os.path.splitext(os.path.basename(name))[0] + (f"_k{k:03d}.png" if k else ".png"))
+            save_image(path, image)
+    print(f"wrote {len(names) * len(columns)} images to {config.out}")
+
+
+def load(config):
+    """The checkpoint's tokenizer, on the device asked for."""
+    return FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+
+
+def sample(tokenizer, tokens, config):
+    """List of tokens -> images (B, 3, H, W) by the sampler settings of the command line."""
+    if config.timesteps < 1:
+        raise UserError(f"--timesteps {config.timesteps}: expected at least 1")
+    scale = config.guidance_scale or recommended_guidance(config.checkpoint)
+    return tokenizer.detokenize(tokens, config.timesteps, scale, generator=torch.Generator().manual_seed(config.seed))
+
+
+def recommended_guidance(checkpoint):
+    """The guidance scale that config.json names under "sampling"; 7.5, the official default, if it does not."""
+    return read_json(os.path.join(checkpoint, "config.json")).get("sampling", {}).get("guidance_scale", 7.5)
+
+
+def check_ks(ks, tokenizer):
+    K = tokenizer.config.registers
+    for k in ks:
+        if not 1 <= k <= K:
+            raise UserError(f"k = {k}: this tokenizer has 1 to {K} tokens per image")
+
+
+def load_images(paths, tokenizer, n=None):
+    """Images and folders -> names, images (B, 3, H, W). A bad file named directly is an error; inside a folder it is skipped."""
+    names, images = [], []
+    for path in paths:
+        inside = [os.path.join(path, name) for name in list_files(path)] if os.path.isdir(path) else [path]
+        found = len(images)
+        for name in inside:
+            if n is not None and len(images) == n:
+                break
+            try:
+                images.append(to_tensor(fit(read_image(name), tokenizer.image_size)))
+                names.append(name)
+            except UserError as error:
+                if inside == [path]:
+                    raise
+                print("skipped", error, file=sys.stderr)
+        if len(images) == found and len(images) != n:
+            raise UserError(f"{path}: no readable image in this folder")
+    return names, torch.stack(images)                                             # (B, 3, H, W)
+
+
+def held_out_emoji(tokenizer, n):
+    """n embedded emoji that the shipped weights were not trained on, spread over the categories: (n, 3, H, W)."""
+    emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False)
+    n = min(n, len(emoji))
+    images = [emoji.get(i * len(emoji) // n, None) for i in range(n)]
+    return torch.stack([(image.float() / 255 - 0.5) / 0.5 for image in images])   # (n, 3, H, W)
+
+
+def read_tokens(path, tokenizer):
+    """A .json or .npy file -> names, list of int64 tensors (k_i,). Raises UserError naming the file and what is wrong in it."""
+    if path.endswith(".npy"):
+        try:
+            rows = np.load(path, allow_pickle=False)  # a pickle would execute what it holds
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read as a .npy file ({error})") from None
+        if rows.dtype.kind not in "iu" or rows.ndim != 2:
+            raise UserError(f"{path}: {rows.dtype} of shape {list(rows.shape)}, expected whole numbers (images, tokens)")
+        names, rows = [f"{i}" for i in range(len(rows))], rows.tolist()
+    else:
+        content = read_json(path)
+        try:
+            names, rows = zip(*((str(image["name"]), list(image["tokens"])) for image in content["images"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}} with at least one image') from None
+    if not rows:
+        raise UserError(f"{path}: holds no images")
+    K, V = tokenizer.config.registers, tokenizer.fsq.vocab_size
+    for name, row in zip(names, rows):
+        if not 1 <= len(row) <= K:
+            raise UserError(f"{path}: image {name} has {len(row)} tokens, expected 1 to {K}")
+        bad = next((token for token in row if type(token) is not int or not 0 <= token < V), None)
+        if bad is not None:
+            raise UserError(f"{path}: image {name} has the token {bad!r}, expected whole numbers from 0 to {V - 1}")
+    return names, [torch.tensor(row) for row in rows]
+
+
+def write_rows(path, columns, header):
+    """Columns (B, 3, H, W) each -> a PNG with one row per image."""
+    if not path.endswith(".png"):
+        raise UserError(f"--out {path}: expected a name that ends in .png")
+    save_grid(path, [[column[i] for column in columns] for i in range(len(columns[0]))], header)
+    print(f"wrote {path}")
+
+
+def save_image(path, image):
+    """(3, H, W) in [-1, 1] -> a PNG of its own size."""
+    from common import to_image
+    with replacing(path) as temporary:
+        to_image(image).save(temporary, format="PNG")
+
+
+COMMANDS = {"reconstruct": (reconstruct, Reconstruct), "encode": (encode, Encode), "decode": (decode, Decode)}
+
+
+def main(argv):
+    name = argv[0] if argv and argv[0] in COMMANDS else "reconstruct"
+    run, Config = COMMANDS[name]
+    run(from_cli(Config, argv=argv[1:] if argv and argv[0] in COMMANDS else argv, positional="paths"))
+
+
+if __name__ == "__main__":
+    command(main, sys.argv[1:])

@@ -1,0 +1,385 @@
+"""
+Train a FlexTok tokenizer: encoder, FSQ and flow decoder together, on the latents of a frozen VAE (stage 1).
+
+    images --VAE (frozen)--> latents --Encoder, FSQ--> codes --keep the first k--> Decoder(x_t, t, codes[:k]) --> velocity
+                             latents, noise, t ----------> x_t                                 loss = |velocity - (noise - latents)|²
+
+Paper: FlexTok, arXiv 2502.13967, Sec. 3 and App. C. Differences: no REPA loss yet, plain AdamW instead of muP, and three
+choices for runs of minutes (`position_std`, `head_std`, `pure_noise_share`), off in the paper's presets.
+
+    python train_tokenizer.py --preset cpu                                       # two cores; trains its VAE first
+    python train_tokenizer.py --preset emoji64 --out out/emoji64                 # one GPU
+    torchrun --nproc_per_node 8 train_tokenizer.py --preset d18-d28 --data /data/imagenet/train --vae out/vae_in1k
+
+Writes out/<run>/: config.json, model.safetensors (EMA weights: what sample.py reads), resume.pt, log.jsonl, and pictures.
+Times and expected numbers: README.md.                                                                Next: ar.py
+"""
+import hashlib
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import flow
+import vae as stage0
+from common import (Log, StopRequest, UserError, autocast, clock, command, from_cli, init_distributed, learning_rate,
+                    load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid, save_resume, write_json)
+from data import batches, open_data, to_float
+from model import FlexTok, TokenizerConfig, powers_of_two, sample_k
+from vae import VAE
+
+
+@dataclass
+class TrainConfig:
+    """Train a FlexTok tokenizer (stage 1)."""
+    # data
+    data: str = "emoji"              # emoji, shapes, or a folder of images
+    image_size: int = 256            # side in pixels
+    vae: str = ""                    # directory of a trained VAE; empty: train one first, by --vae_preset, into <out>/vae
+    vae_preset: str = "shapes32"     # which preset of vae.py to train if --vae is empty
+    out: str = "out/tokenizer"       # the run's directory
+    workers: int = 0                 # processes that load images, per GPU
+    cache_latents: int = 0           # run the VAE once on this many augmented views of each image; 0: in every step
+    sample_posterior: bool = False   # train on draws from the VAE's posterior instead of its mean
+    # model
+    enc_depth: int = 12              # encoder blocks
+    dec_depth: int = 12              # decoder blocks
+    enc_width: int = 0               # 0: 64 times the depth
+    dec_width: int = 0               # 0: 64 times the depth
+    head_dim: int = 64               # size of an attention head
+    patch_size: int = 2              # latents per patch side
+    registers: int = 256             # K, the most tokens an image can have
+    levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
+    drop_quant_p: float = 0.0        # chance per sample that FSQ does not round
+    corrupt_tokens_p: float = 0.0    # chance per sample that a random share of its tokens is replaced
+    position_std: float = 0.02       # initial size of the decoder's register positions; 0.02 official, 1.0 for short runs
+    head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
+    # method
+    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2 or uniform_pow2
+    dropout_from: float = 0.0        # nested dropout starts after this share of the run
+    null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
+    t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
+    t_mean: float = 0.0              # of logit_normal; above 0 moves t towards noise
+    pure_noise_share: float = 0.0    # share of samples at exactly t = 1; 0 official, 0.3 for short runs
+    # optimisation
+    steps: int = 100_000             # optimizer steps
+    batch_size: int = 256            # images per step over all processes and micro-batches
+    micro_batch: int = 0             # images per forward pass and process; 0: all at once
+    lr: float = 5e-4                 # peak learning rate
+    warmup: int = 1000               # steps
+    beta2: float = 0.99              # of AdamW; beta1 is 0.9
+    weight_decay: float = 0.0        # of AdamW, on matrices only
+    grad_clip: float = 1.0           # largest gradient norm
+    ema: float = 0.9999              # decay of the averaged weights
+    # running
+    seed: int = 0                    # of the weights, the data order and the noise
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"          # auto, bf16 or fp32
+    log_every: int = 100             # steps
+    eval_every: int = 5000           # steps; also saves
+    eval_images: int = 64            # held-out images that are reconstructed
+    eval_timesteps: int = 25         # sampler steps
+    eval_guidance: float = 1.0       # 1.0: none, which is best for PSNR
+    resume: bool = False             # continue the run in --out
+    stop_at: int = 0                 # save and end before this step, as if interrupted; 0: never
+
+
+# The paper's recipe, as far as it is known (batch, lr, betas, clip, no weight decay). 100k steps of 2048 images are 160
+# epochs of ImageNet. Time by arithmetic, not run: 0.58, 1.9 and 4.4 TFLOP per image, 40 % of an H100's peak.
+PAPER = dict(image_size=256, batch_size=2048, micro_batch=64, steps=100_000, lr=5.6e-4, warmup=8000, workers=12,
+             sample_posterior=True)
+PRESETS = {
+    "cpu": dict(data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
+                enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, head_dim=64, registers=16,
+                position_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5, dropout_from=0.25,
+                steps=2400, batch_size=64, lr=1.5e-3, warmup=100, ema=0.995, log_every=100, eval_every=800),
+    "emoji64": dict(data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=10,
+                    enc_depth=6, dec_depth=6, enc_width=256, dec_width=256, head_dim=64, registers=64,
+                    position_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5, dropout_from=0.25,
+                    steps=3000, batch_size=64, lr=1e-3, warmup=100, ema=0.998, log_every=100, eval_every=1000),
+    # 8 H100: about 11 hours (from arithmetic, not run)
+    "d12-d12": dict(PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
+    # 8 H100: about 1.5 days (from arithmetic, not run)
+    "d18-d18": dict(PAPER, enc_depth=18, dec_depth=18, out="out/d18-d18"),
+    # 8 H100: about 3.3 days (from arithmetic, not run)
+    "d18-d28": dict(PAPER, enc_depth=18, dec_depth=28, out="out/d18-d28"),
+}
+RUN_FIELDS = ("out", "workers", "device", "log_every", "eval_every", "eval_images", "eval_timesteps", "eval_guidance",
+              "resume", "stop_at", "micro_batch")  # may differ when a run is resumed
+
+
+def build_tokenizer(config, vae):
+    """A new FlexTok around `vae` with the sizes of `config`. Raises UserError if image size, VAE and patches do not fit."""
+    side = config.patch_size * vae.downsampling
+    if config.image_size % side:
+        raise UserError(f"--image_size {config.image_size}: expected a multiple of {side} (VAE factor {vae.downsampling} times "
+                        f"--patch_size {config.patch_size})")
+    return FlexTok(TokenizerConfig(
+        latent_channels=vae.config.latent_channels, grid=(config.image_size // side,) * 2, patch_size=config.patch_size,
+        enc_width=config.enc_width or 64 * config.enc_depth, enc_depth=config.enc_depth, enc_head_dim=config.head_dim,
+        dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth, dec_head_dim=config.head_dim,
+        registers=config.registers, levels=config.levels, drop_quant_p=config.drop_quant_p,
+        corrupt_tokens_p=config.corrupt_tokens_p, position_std=config.position_std, head_std=config.head_std), vae)
+
+
+class CachedLatents:
+    """Latents of `views` augmented versions of every training image, computed once; otherwise a data set like data.py's.
+
+    Lies in <out>/latents.npy as float16 (n·views, C, h, w), memory-mapped: a set larger than RAM works.
+    """
+
+    def __init__(self, dataset, views, vae, config, run):
+        self.dataset, self.views = dataset, views
+        path = os.path.join(config.out, "latents.npy")
+        key = hashlib.sha256(repr((config.data, config.image_size, views, config.seed, len(dataset), config.sample_posterior)).encode())
+        for tensor in vae.state_dict().values():
+            key.update(tensor.cpu().numpy().tobytes())
+        key = key.hexdigest()
+        fresh = not os.path.exists(path + ".json") or read_json(path + ".json") != key
+        if fresh and run.is_main:
+            with replacing(path) as temporary:
+                self._fill(temporary, vae, config, run)
+            write_json(path + ".json", key)  # last: it says that the file is whole
+        if run.world > 1:
+            dist.barrier()
+        self.latents = np.load(path, mmap_mode="r")                               # (n·views, C, h, w)
+
+    @torch.no_grad()
+    def _fill(self, path, vae, config, run):
+        n = len(self.dataset)
+        C, side = vae.config.latent_channels, config.image_size // vae.downsampling
+        store = np.lib.format.open_memmap(path, "w+", np.float16, (n * self.views, C, side, side))
+        seconds = time.time()
+        for start in range(0, len(store), 64):
+            rows = range(start, min(start + 64, len(store)))
+            images = torch.stack([self.dataset.get(row % n, np.random.default_rng((config.seed, row))) for row in rows])
+            with autocast(run.device, config.precision):
+                latents = vae.latents(to_float(images.to(run.device)), config.sample_posterior)  # (64, C, h, w)
+            store[start:start + len(rows)] = latents.float().cpu().numpy()
+        store.flush()
+        print(f"cached the latents of {len(store):,} views in {clock(time.time() - seconds)}: {store.nbytes / 2**20:.0f} MiB")
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def label(self, i):
+        return self.dataset.label(i)
+
+    def get(self, i, rng):
+        row = int(rng.integers(self.views)) * len(self.dataset) + i
+        return torch.from_numpy(self.latents[row].astype(np.float32))             # (C, h, w)
+
+
+def draw_noise(config, step, like, run):
+    """Everything random of one step: noise (b, C, h, w), t (b,), k_keep (b,) and null (b,), the last two on the CPU.
+
+    Drawn for the global batch from (seed, step) alone, of which each process takes its part: so a run on two processes
+    is the run on one, and a resumed run needs no memory of what was drawn before.
+    """
+    B, b = config.batch_size, config.batch_size // run.world
+    on_device = torch.Generator(run.device).manual_seed((config.seed << 32) + step)
+    on_cpu = torch.Generator().manual_seed((config.seed << 32) + step)
+    noise = torch.randn(B, *like.shape[1:], generator=on_device, device=run.device)  # (B, C, h, w)
+    t = sample_t(config, B, on_device, run.device)                                # (B,)
+    # At t = 1 the network sees nothing but noise and the tokens: the encoder gets a straight gradient.
+    pure = torch.rand(B, generator=on_device, device=run.device) < config.pure_noise_share
+    t = torch.where(pure, 1.0, t)
+    k_keep = sample_k(B, config.registers, config.nested_dropout, on_cpu)         # (B,)
+    if step < config.dropout_from * config.steps:
+        k_keep = torch.full((B,), config.registers)
+    null = torch.rand(B, generator=on_cpu) < config.null_p                        # (B,)
+    mine = slice(run.rank * b, (run.rank + 1) * b)
+    return noise[mine], t[mine], k_keep[mine], null[mine]
+
+
+def sample_t(config, B, generator, device):
+    """t (B,) by the method that --t_sampler names."""
+    if config.t_sampler == "logit_normal":
+        return flow.t_logit_normal(B, config.t_mean, generator=generator, device=device)
+    if config.t_sampler == "stratified":
+        return flow.t_stratified_logit_normal(B, generator=generator, device=device)
+    if config.t_sampler == "uniform":
+        return flow.t_uniform(B, generator=generator, device=device)
+    if config.t_sampler == "mode":
+        return flow.t_mode(B, generator=generator, device=device)
+    raise UserError(f"--t_sampler {config.t_sampler}: expected logit_normal, stratified, uniform or mode")
+
+
+@torch.no_grad()
+def evaluate(tokenizer, images, config, path):
+    """Reconstruct held-out images (n, 3, H, W) from 1, 2, 4, ..., K tokens: PSNR in dB for each k, and a picture of it.
+
+    Also counts the distinct tokens at each position: near 1 means a collapsed position, n that every image has its own.
+    """
+    tokens = tokenizer.tokenize(images)                                           # n x (1, K)
+    ks = powers_of_two(config.registers)
+    vae_images = tokenizer.vae.decode(tokenizer.vae.latents(images))              # (n, 3, H, W), the best one could get
+    columns, decibels = [images, vae_images], []
+    for k in ks:
+        generator = torch.Generator().manual_seed(0)
+        columns.append(tokenizer.detokenize([row[:, :k] for row in tokens], config.eval_timesteps, config.eval_guidance,
+                                            generator=generator))
+        decibels.append(psnr(columns[-1], images).mean().item())
+    rows = [[column[i].clamp(-1, 1).cpu() for column in columns] for i in range(min(8, len(images)))]
+    save_grid(path, rows, ["original", "VAE", *(f"k={k}" for k in ks)])
+    distinct = [len(position.unique()) for position in torch.cat(tokens).T]       # K
+    return {"ks": ks, "psnr": decibels, "psnr_vae": psnr(vae_images, images).mean().item(),
+            "distinct_tokens": [min(distinct), sum(distinct) / len(distinct), max(distinct)]}
+
+
+def main(config):
+    """Train; returns the last evaluation's metrics. A stopped run (Ctrl-C, SIGTERM, --stop_at) returns {} after saving."""
+    # ---- distributed ------------------------------------------------------------------------------------------
+    run = init_distributed(config.device)
+    stop = StopRequest()
+    resume_path, config_path = (os.path.join(config.out, name) for name in ("resume.pt", "config.json"))
+    check_directory(config, resume_path, config_path)
+    b = config.batch_size // run.world
+    micro = config.micro_batch or b
+    if config.batch_size % run.world or b % micro:
+        raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x {micro}")
+
+    # ---- data -------------------------------------------------------------------------------------------------
+    vae_directory = config.vae or train_vae(config, run)
+    if not vae_directory:
+        return {}  # stopped within stage 0
+    vae = VAE.from_pretrained(vae_directory).to(run.device).requires_grad_(False)
+    dataset = open_data(config.data, config.image_size, "train", augment=True, seed=config.seed)
+    held_out = open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed)
+    n = min(config.eval_images, len(held_out))
+    # evenly spread over the held-out set, which may be sorted by class
+    eval_images = to_float(torch.stack([held_out.get(i * len(held_out) // n, None) for i in range(n)])).to(run.device)
+    if config.cache_latents:
+        dataset = CachedLatents(dataset, config.cache_latents, vae, config, run)
+
+    # ---- model ------------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    raw = build_tokenizer(config, vae).to(run.device)
+    ema = make_ema(raw, config.ema)
+    model = raw
+    if run.world > 1:
+        # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
+        model = DistributedDataParallel(raw, find_unused_parameters=True)
+    count = sum(p.numel() for p in raw.parameters() if p.requires_grad)
+
+    # ---- optimizer --------------------------------------------------------------------------------------------
+    trainable = [p for p in raw.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
+         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+    # ---- resume -----------------------------------------------------------------------------------------------
+    start = 0
+    if config.resume:
+        state = load_resume(resume_path, run.device)
+        raw.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
+    log = Log(config.out, run, start)
+    if run.is_main:
+        print(f"{count:,} parameters on {run.device}; batch {config.batch_size} = {run.world} processes x {b // micro} "
+              f"micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
+
+    def save(step, metrics):
+        ema.module.save_pretrained(config.out, train=asdict(config), step=step, metrics=metrics, **provenance())
+        save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+
+    # ---- loop -------------------------------------------------------------------------------------------------
+    raw.train()
+    vae.eval()
+    metrics, seconds, logged = {}, time.time(), start
+    sums, counts = torch.zeros(5, device=run.device), torch.zeros(5, device=run.device)
+    for step in range(start, config.steps):
+        lr = learning_rate(step, config.lr, config.warmup, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, h, w), or uint8 (b, 3, H, W)
+        latents = batch if config.cache_latents else encode(vae, batch, config, run)  # (b, C, h, w)
+        if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
+            with torch.no_grad():
+                save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
+        noise, t, k_keep, null = draw_noise(config, step, latents, run)           # (b, C, h, w), (b,), (b,), (b,)
+
+        for i in range(0, b, micro):
+            part = slice(i, i + micro)
+            model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
+            x_t = flow.interpolate(latents[part], noise[part], t[part])           # (micro, C, h, w)
+            with autocast(run.device, config.precision):
+                v, _ = model(latents[part], x_t, t[part], k_keep[part], null[part])
+            loss = flow.loss_per_sample(v, flow.velocity_target(latents[part], noise[part]))  # (micro,)
+            (loss.mean() * micro / b).backward()
+            pure = (t[part] == 1) & ~null[part].to(run.device)  # the tokens alone must carry these
+            by_t = flow.loss_by_t(loss, t[part])
+            sums += torch.cat([by_t[0], loss.detach()[pure].sum()[None]])         # (5,)
+            counts += torch.cat([by_t[1], pure.sum()[None]])                      # (5,)
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(raw)
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            if run.world > 1:
+                dist.all_reduce(sums), dist.all_reduce(counts)
+            rate = (done - logged) / (time.time() - seconds)
+            mean = (sums / counts.clamp(min=1)).tolist()
+            log(step=step, loss=(sums[:4].sum() / counts[:4].sum()).item(), loss_by_t=mean[:4], loss_pure_noise=mean[4], lr=lr,
+                grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
+            seconds, logged = time.time(), done
+            sums.zero_(), counts.zero_()
+        if (done % config.eval_every == 0 or done == config.steps) and run.is_main:
+            ema.module.eval()
+            metrics = evaluate(ema.module, eval_images, config, os.path.join(config.out, f"step{done:07d}.png"))
+            log(step=step, **metrics)
+            save(done, metrics)
+            seconds, logged = time.time(), done  # evaluation does not count as training time
+        if stop.requested or done == config.stop_at:
+            if run.is_main:
+                save(done, metrics)
+                print(f"stopped after step {done}; go on with --resume")
+            return {}
+    return metrics
+
+
+def check_directory(config, resume_path, config_path):
+    """Refuse to overwrite a run, and to resume one whose method or sizes were other ones."""
+    if not config.resume:
+        if os.path.exists(resume_path):
+            raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another directory")
+        return
+    if not os.path.exists(resume_path):
+        raise UserError(f"--resume: there is no {resume_path}")
+    before, now = read_json(config_path)["train"], asdict(config)
+    for field in fields(config):
+        old, new = before[field.name], now[field.name]
+        if field.name not in RUN_FIELDS and old != (list(new) if isinstance(new, tuple) else new):
+            raise UserError(f"--{field.name} {new}: the run in {config.out} was started with {old}; keep it, or start another run")
+
+
+def train_vae(config, run):
+    """Stage 0 into <out>/vae, or go on with it; returns the directory, or "" if it was stopped."""
+    out = os.path.join(config.out, "vae")
+    if config.vae_preset not in stage0.PRESETS:
+        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
+    settings = {**stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size, "out": out,
+                "device": config.device, "precision": config.precision, "seed": config.seed}
+    return out if stage0.main(stage0.VAETrainConfig(**settings)) else ""
+
+
+def encode(vae, images, config, run):
+    """uint8 images (b, 3, H, W) -> scaled latents (b, C, h, w) float32."""
+    with torch.no_grad(), autocast(run.device, config.precision):
+        return vae.latents(to_float(images), config.sample_posterior).float()
+
+
+if __name__ == "__main__":
+    command(main, from_cli(TrainConfig, PRESETS))

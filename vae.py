@@ -1,0 +1,555 @@
+"""
+The image VAE (stage 0): pixels become a small latent grid, in which everything else of this repository works.
+
+    images (B, 3, H, W) --Encoder--> mean | logvar (B, 2C, h, w) --sample--> · scaling_factor --> latents (B, C, h, w)
+    in [-1, 1]                                                                                        |
+    images (B, 3, H, W) <-------------------- Decoder <-------------------- / scaling_factor <--------+
+
+H = f·h with f = 2^(levels - 1). Paper: FlexTok, arXiv 2502.13967, uses the SD/SDXL autoencoder (LDM, arXiv 2112.10752)
+with f = 8 and C = 4, 8 or 16. Same modules, same key names as diffusers' AutoencoderKL, so its directories load here and
+ours load there. Difference: we leave out the perceptual (LPIPS) loss, which needs a downloaded network.
+
+    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU, 2.5 minutes: >= 27 dB
+    python vae.py --preset in1k --data /data/imagenet/train --out out/vae_in1k   # one GPU
+    torchrun --nproc_per_node 8 vae.py --preset in1k --data ... --out ...        # eight
+
+Letters: B batch, C latent channels, c feature channels, H W pixels, h w latent grid.             Next: model.py
+"""
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import (Log, StopRequest, UserError, autocast, clock, command, from_cli, init_distributed, learning_rate,
+                    load_resume, load_tensors, load_weights, make_ema, provenance, read_json, save_grid, save_resume,
+                    save_tensors, write_json)
+from data import batches, open_data, to_float
+
+# ---------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@dataclass
+class VAEConfig:
+    """Shape of the VAE. Defaults are those of the official FlexTok VAEs, field names those of diffusers' config.json."""
+    latent_channels: int = 16
+    block_out_channels: tuple = (128, 256, 512, 512)  # feature channels of each level, finest first
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 1.0  # latents = scaling_factor · posterior, chosen so that latents have a std of about 1
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+
+class ResnetBlock(nn.Module):
+    """(B, c_in, H, W) -> (B, c_out, H, W): twice GroupNorm, SiLU, 3x3 convolution, plus the input."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        residual = self.conv1(F.silu(self.norm1(x)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return self.conv_shortcut(x) + residual
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of (B, c, h, w), with ONE head of size c, plus the input."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list because diffusers has a dropout behind it
+
+    def forward(self, x):
+        B, c, h, w = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, h·w, c)
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)             # (B, h·w, c)
+        # softmax(q·k / √c)·v; the added axis is the one head
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # (B, h·w, c)
+        return x + self.to_out[0](out).transpose(1, 2).reshape(B, c, h, w)            # (B, c, h, w)
+
+
+class Downsample(nn.Module):
+    """(B, c, H, W) -> (B, c, H/2, W/2), a strided convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        # Padding on the right and the bottom only, as in LDM: with padding=1 the grid would shift by a pixel per level
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                      # (B, c, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """(B, c, h, w) -> (B, c, 2h, 2w): repeat pixels, then convolve; a transposed convolution leaves checkerboards."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))          # (B, c, 2h, 2w)
+
+
+class Level(nn.Module):
+    """Some residual blocks at one resolution, then the step to the next (none at the last level)."""
+
+    def __init__(self, c_in, c_out, layers, groups, downsample=False, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+
+    def forward(self, x):
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """At the coarsest resolution, (B, c, h, w) -> the same: the only place where distant positions meet."""
+
+    def __init__(self, c, groups, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(c, c, groups), ResnetBlock(c, c, groups)])
+        self.attentions = nn.ModuleList([Attention(c, groups)] if attention else [])
+
+    def forward(self, x):
+        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W) -> (B, 2C, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            [Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, downsample=i < len(widths) - 1)
+             for i in range(len(widths))])
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images):
+        x = self.conv_in(images)                                                      # (B, c_0, H, W)
+        for level in self.down_blocks:
+            x = level(x)                                                              # (B, c_i, H/2^i, W/2^i)
+        x = self.mid_block(x)                                                         # (B, c_last, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                           # (B, 2C, h, w)
+
+
+class Decoder(nn.Module):
+    """latents (B, C, h, w), unscaled -> images (B, 3, H, W): the encoder's mirror, with one more block per level."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            [Level(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
+             for i in range(len(widths))])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents):
+        x = self.mid_block(self.conv_in(latents))                                     # (B, c_last, h, w)
+        for level in self.up_blocks:
+            x = level(x)                                                              # (B, c_i, 2^i·h, 2^i·w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))                           # (B, 3, H, W)
+
+
+class Posterior:
+    """The encoder's answer q(latents | image): a Gaussian with mean and logvar (B, C, h, w), float32, UNSCALED."""
+
+    def __init__(self, moments):
+        """moments (B, 2C, h, w): the first half of the channels is the mean, the second the log of the variance."""
+        mean, logvar = moments.float().chunk(2, dim=1)                                # (B, C, h, w) each
+        self.mean, self.logvar = mean, logvar.clamp(-30.0, 20.0)  # exp() of it stays finite in float32
+
+    @property
+    def std(self):
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator=None):
+        """mean + std · noise, (B, C, h, w); the gradient reaches both through this sum (reparametrisation)."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        return self.mean + self.std * noise
+
+    def kl(self):
+        """KL(q || N(0, 1)) of each image in nats, (B,): 0.5 · Σ over C, h, w of (mean² + var - 1 - logvar)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))  # (B,)
+
+
+class VAE(nn.Module):
+    """The autoencoder. `latents` and `decode` speak scaled latents; the scaling factor is applied here and nowhere else."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(C, C, 1) if config.use_post_quant_conv else nn.Identity()
+
+    @property
+    def downsampling(self):
+        """f, image side / latent side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> `Posterior`, unscaled. Raises ValueError if f does not divide a side."""
+        f = self.downsampling
+        for side in images.shape[2:]:
+            if side % f:
+                raise ValueError(f"image side {side} is not a multiple of the VAE's factor {f}; resize or crop to "
+                                 f"{max(side // f, 1) * f}")
+        return Posterior(self.quant_conv(self.encoder(images)))
+
+    def latents(self, images, sample_posterior=False, generator=None):
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), scaled: the posterior's mean, or a sample of it."""
+        posterior = self.encode(images)
+        return self.config.scaling_factor * (posterior.sample(generator) if sample_posterior else posterior.mean)
+
+    def decode(self, latents):
+        """latents (B, C, h, w), scaled -> images (B, 3, H, W), in [-1, 1] but for a little overshoot (not clamped)."""
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+
+    def forward(self, images, generator=None):
+        """images (B, 3, H, W) -> reconstructions (B, 3, H, W) float32 from a posterior sample, and the `Posterior`."""
+        posterior = self.encode(images)
+        latents = self.config.scaling_factor * posterior.sample(generator)            # (B, C, h, w)
+        return self.decode(latents).float(), posterior
+
+    def save_pretrained(self, directory, dtype=torch.float32):
+        """Write config.json and diffusion_pytorch_model.safetensors, the directory that diffusers and we read."""
+        levels = len(self.config.block_out_channels)
+        write_json(os.path.join(directory, "config.json"), {
+            "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+            **asdict(self.config)})
+        save_tensors(os.path.join(directory, "diffusion_pytorch_model.safetensors"), self.state_dict(), dtype)
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Read such a directory, ours or diffusers'; float32, on the CPU, eval mode. Raises `UserError` if unfit."""
+        config_path = os.path.join(directory, "config.json")
+        weights_path = os.path.join(directory, "diffusion_pytorch_model.safetensors")
+        vae = cls(config_from_diffusers(read_json(config_path), config_path))
+        load_weights(vae, modern_names(load_tensors(weights_path)), weights_path)  # copies into float32, whatever is stored
+        return vae.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# diffusers' files
+
+
+def config_from_diffusers(raw, where):
+    """diffusers' config.json as a dict -> `VAEConfig`. What we do not implement raises `UserError` naming `where`.
+
+    A key that is absent means diffusers' default, which is not ours.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a JSON object")
+    values = {"latent_channels": 4, "block_out_channels": (64,), "layers_per_block": 1, "norm_num_groups": 32,
+              "scaling_factor": 0.18215, "mid_block_add_attention": True, "use_quant_conv": True,
+              "use_post_quant_conv": True}
+    values |= {name: raw[name] for name in values if name in raw}
+    widths = values["block_out_channels"]
+    counts = [values[name] for name in ("latent_channels", "layers_per_block", "norm_num_groups")]
+    if not (isinstance(widths, (list, tuple)) and widths and all(type(n) is int and n > 0 for n in [*widths, *counts])):
+        raise UserError(f"{where}: block_out_channels {widths} and latent_channels, layers_per_block, norm_num_groups {counts} "
+                        f"must be positive whole numbers, the first a list of them")
+    fixed = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,),
+             "shift_factor": (None, 0.0), "latents_mean": (None,), "latents_std": (None,),
+             "down_block_types": (["DownEncoderBlock2D"] * len(widths),), "up_block_types": (["UpDecoderBlock2D"] * len(widths),)}
+    for name, allowed in fixed.items():
+        if name in raw and raw[name] not in allowed:
+            raise UserError(f"{where}: {name} {raw[name]} is not supported, expected {allowed[0]}")
+    if any(c % values["norm_num_groups"] for c in widths):
+        raise UserError(f"{where}: norm_num_groups {values['norm_num_groups']} does not divide block_out_channels {list(widths)}")
+    if not isinstance(values["scaling_factor"], (int, float)) or not 0 < values["scaling_factor"] < math.inf:
+        raise UserError(f"{where}: scaling_factor {values['scaling_factor']}, expected a positive number")
+    return VAEConfig(**values | {"block_out_channels": tuple(widths)})
+
+
+# Attention layers of files from before 2023, which diffusers renames as well
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def modern_names(tensors):
+    """{diffusers key: tensor} of any age -> the same under today's names, with today's shapes."""
+    modern = {}
+    for name, tensor in tensors.items():
+        if ".attentions.0." in name:
+            for old, new in OLD_NAMES.items():
+                name = name.replace(old, new)
+            if name.endswith(".weight") and tensor.dim() == 4:  # once these were 1x1 convolutions
+                tensor = tensor.flatten(1)                                            # (c, c, 1, 1) -> (c, c)
+        modern[name] = tensor
+    return modern
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class VAETrainConfig:
+    """Stage 0: train the image VAE."""
+    data: str = "shapes"  # "shapes", "emoji", or a folder of images
+    out: str = "out/vae"  # directory of this run; VAE.from_pretrained opens it
+    image_size: int = 32  # side in pixels, a multiple of 2^(levels - 1)
+    augment: bool = True  # random flips and crops, as the data set allows
+    latent_channels: int = 8  # C; more: better images, and a harder task for the flow model behind
+    block_out_channels: tuple = (32, 64, 64)  # feature channels per level; n levels downsample by 2^(n - 1)
+    layers_per_block: int = 1  # residual blocks per level in the encoder; the decoder has one more
+    norm_num_groups: int = 8  # groups of GroupNorm, a divisor of all feature channels
+    batch_size: int = 32  # images per step, over all processes together
+    steps: int = 1000  # optimizer steps
+    lr: float = 2e-3  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up, then cosine
+    kl_weight: float = 1e-5  # times the KL in nats per latent element (L1 is per pixel and colour)
+    gan_weight: float = 0.0  # strength of the patch discriminator; 0 turns it off
+    gan_start: int = 0  # step at which the discriminator enters
+    ema_decay: float = 0.999  # the average of the weights over about 1/(1 - decay) steps is what gets saved
+    grad_clip: float = 1.0  # largest gradient norm
+    seed: int = 0  # of the weights, the data order and the posterior noise
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"  # auto, bf16, fp32
+    workers: int = 0  # processes that read images
+    log_every: int = 50  # steps between log lines
+    eval_every: int = 1000  # steps between evaluations, each of which writes a checkpoint
+    resume: bool = False  # go on with the run in --out
+
+
+PRESETS = {
+    # PRESETS_HERE
+    "shapes32": dict(data="shapes", out="out/vae_shapes32", image_size=32, latent_channels=8, block_out_channels=(16, 32, 64),
+                     batch_size=8, steps=2200, lr=2e-3, warmup=50, kl_weight=1e-4, ema_decay=0.995),
+    # emoji
+    "emoji64": dict(data="emoji", out="out/vae_emoji64", image_size=64, latent_channels=4, block_out_channels=(16, 32, 64),
+                    batch_size=8, steps=6000, lr=2e-3, warmup=100, kl_weight=1e-4, ema_decay=0.999),
+    # One 80 GB GPU about two weeks, eight two days (an estimate; not run here). Expect 33 dB or more at C = 16.
+    "in1k": dict(data="data/imagenet/train", out="out/vae_in1k", image_size=256, latent_channels=16,
+                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, batch_size=64,
+                 steps=500_000, lr=1e-4, warmup=5000, kl_weight=1e-7, gan_weight=0.5, gan_start=50_000,
+                 ema_decay=0.9999, workers=12, log_every=100, eval_every=5000),
+}
+
+
+class PatchDiscriminator(nn.Module):
+    """images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2), above 0 where a 70-pixel patch looks real.
+
+    PatchGAN with 3 strided layers (pix2pix, arXiv 1611.07004), GroupNorm for BatchNorm: no statistics across the batch,
+    so that real and reconstructed images can go through together and several GPUs need not talk.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in ((width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 1)):
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, padding=1), nn.GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
+
+    def forward(self, images):
+        return self.layers(images).float()                                            # (B, 1, H/8 - 2, W/8 - 2)
+
+
+def adaptive_weight(l1, gan, last_layer):
+    """|grad l1| / |grad gan|, both at the decoder's last weights, clamped to [0, 1e4].          (VQGAN, arXiv 2012.09841, Eq. 7)
+
+    The two losses then pull equally hard on the image, whatever the discriminator's scale; `gan_weight` tilts that.
+    """
+    l1_grad, = torch.autograd.grad(l1, last_layer, retain_graph=True)
+    gan_grad, = torch.autograd.grad(gan, last_layer, retain_graph=True)
+    return (l1_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+def hinge_loss(logits):
+    """Discriminator's logits (2B, 1, ...), real images first -> mean of max(0, 1 - real) and max(0, 1 + fake), halved."""
+    real, fake = logits.chunk(2)                                                      # (B, 1, ...) each
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def psnr(images, reconstructions):
+    """(B, 3, H, W) in [-1, 1], twice -> dB per image (B,): 10·log10(peak² / mean squared error), peak 2, clamped images."""
+    mse = (images - reconstructions.clamp(-1, 1)).square().mean(dim=(1, 2, 3))        # (B,)
+    return 10 * torch.log10(4 / mse.clamp(min=1e-10))
+
+
+def spread(dataset, count):
+    """`count` images evenly spread over a data set (a folder is sorted by class), or all, (n, 3, S, S) in [-1, 1]."""
+    rng, n = np.random.default_rng(0), len(dataset)
+    return to_float(torch.stack([dataset.get(i * n // min(count, n), rng) for i in range(min(count, n))]))  # (n, 3, S, S)
+
+
+@torch.no_grad()
+def evaluate(vae, held_out, train, device, grid_path):
+    """Set the scaling factor from training images, then measure PSNR on held-out ones (each (n, 3, S, S)) and draw 8."""
+    # Latents must come out with a std of about 1, like the noise that the flow model mixes them with. It is the std of
+    # the posterior MEAN, over all images, channels and positions, because the mean is what `latents` gives by default.
+    means = torch.cat([vae.encode(images.to(device)).mean for images in train.split(32)])  # (n, C, h, w)
+    vae.config.scaling_factor = 1 / means.std().item()
+    reconstructions = torch.cat([vae.decode(vae.latents(images.to(device))).cpu() for images in held_out.split(32)])
+    decibels = psnr(held_out, reconstructions)                                        # (n,)
+    save_grid(grid_path, [held_out[:8], reconstructions[:8]], [f"{value:.1f} dB" for value in decibels[:8].tolist()])
+    return {"held_out_psnr": decibels.mean().item(), "scaling_factor": vae.config.scaling_factor}
+
+
+def agreed(stop, run):
+    """Whether any process was asked to stop: all must leave the loop at the same step, or the others wait for ever."""
+    if run.world == 1:
+        return stop.requested
+    flag = torch.tensor(float(stop.requested), device=run.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+def check_run_directory(config, run):
+    """Start `out`/train.json, or compare with it on resume. Raises `UserError` if this run does not belong there."""
+    path = os.path.join(config.out, "train.json")
+    if config.resume:
+        before = read_json(path)["config"]
+        free = ("resume", "out", "device", "precision", "workers", "log_every", "eval_every")
+        for name, value in json.loads(json.dumps(asdict(config))).items():
+            if name not in free and before.get(name) != value:
+                raise UserError(f"--{name} {value}: the run in {config.out} was started with {before.get(name)}; "
+                                f"give the same flags to resume it")
+    elif os.path.exists(path):
+        raise UserError(f"--out {config.out} holds a run already; continue it with --resume or choose another directory")
+    if run.world > 1:
+        dist.barrier()  # every process has looked before one of them writes
+    if run.is_main and not config.resume:
+        write_json(path, {"config": asdict(config), **provenance()})
+
+
+def main(config):
+    """Train a VAE as `VAETrainConfig` says; returns the last log record, with held_out_psnr and steps_done. Raises `UserError`."""
+    # -- distributed ------------------------------------------------------------------------------------------
+    run = init_distributed(config.device)
+    if config.batch_size % run.world:
+        raise UserError(f"--batch_size {config.batch_size} is not a multiple of the {run.world} processes")
+    vae_config = config_from_diffusers({f.name: getattr(config, f.name) for f in fields(VAEConfig) if hasattr(config, f.name)}
+                                       | {"scaling_factor": 1.0}, "VAETrainConfig")
+    if config.image_size % 2 ** (len(config.block_out_channels) - 1):
+        raise UserError(f"--image_size {config.image_size} is not a multiple of 2^(levels - 1) = "
+                        f"{2 ** (len(config.block_out_channels) - 1)}")
+    if config.gan_weight > 0 and config.image_size < 24:
+        raise UserError(f"--image_size {config.image_size}: the patch discriminator needs 24 pixels or more; use --gan_weight 0")
+
+    # -- data -------------------------------------------------------------------------------------------------
+    train = open_data(config.data, config.image_size, "train", augment=config.augment, seed=config.seed)
+    held_out = spread(open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed), 256)
+    calibration = spread(train, 256)  # for the scaling factor
+
+    # -- model ------------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)  # the same weights on every process
+    vae = VAE(vae_config).to(run.device)
+    critic = PatchDiscriminator().to(run.device)
+    ema = make_ema(vae, config.ema_decay)
+    wrapped, wrapped_critic = (DistributedDataParallel(m) if run.world > 1 else m for m in (vae, critic))
+
+    # -- optimizer --------------------------------------------------------------------------------------------
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=1e-4)
+    parts = {"vae": vae, "critic": critic, "ema": ema, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
+
+    # -- resume -----------------------------------------------------------------------------------------------
+    check_run_directory(config, run)
+    start_step, resume_path = 0, os.path.join(config.out, "resume.pt")
+    if config.resume:
+        state = load_resume(resume_path, run.device)
+        start_step = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    log, stop = Log(config.out, run, start_step), StopRequest()
+
+    # -- loop -------------------------------------------------------------------------------------------------
+    noise = torch.Generator(run.device)
+    record, since, logged = {}, time.time(), start_step
+    stream = batches(train, config.batch_size, config.seed, run, start_step=start_step, workers=config.workers)
+    if run.is_main:
+        print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(train):,} images, latents "
+              f"{config.latent_channels} x {config.image_size // vae.downsampling}^2, {run.world} process(es) on {run.device}")
+    for step in range(start_step, config.steps):
+        lr = learning_rate(step, config.lr, config.warmup, config.steps)
+        for group in optimizer.param_groups + critic_optimizer.param_groups:
+            group["lr"] = lr
+        images = to_float(next(stream)[0]).to(run.device)                             # (b, 3, S, S), b = batch_size/world
+        # Noise is a function of seed, step and rank, so a resumed run draws the same as one that never stopped
+        noise.manual_seed((config.seed * 1_000_003 + step) * run.world + run.rank)
+
+        with autocast(run.device, config.precision):
+            reconstructions, posterior = wrapped(images, noise)                       # (b, 3, S, S)
+        l1 = (reconstructions - images).abs().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats per latent element
+        loss = l1 + config.kl_weight * kl
+        adversarial = config.gan_weight > 0 and step >= config.gan_start
+        if adversarial:
+            critic.requires_grad_(False)  # this pass teaches the VAE only
+            with autocast(run.device, config.precision):
+                gan = -critic(reconstructions).mean()
+            loss = loss + config.gan_weight * adaptive_weight(l1, gan, vae.decoder.conv_out.weight) * gan
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
+        optimizer.step()
+        if adversarial:
+            critic.requires_grad_(True)
+            with autocast(run.device, config.precision):
+                critic_loss = hinge_loss(wrapped_critic(torch.cat([images, reconstructions.detach()])))
+            critic_optimizer.zero_grad()
+            critic_loss.backward()
+            critic_optimizer.step()
+        ema.update_parameters(vae)
+
+        last = step + 1 == config.steps or agreed(stop, run)
+        to_log, to_save = last or step % config.log_every == 0, last or (step + 1) % config.eval_every == 0
+        if run.is_main and (to_log or to_save) and not loss.isfinite():  # .item() waits for the device: not at every step
+            raise UserError(f"the loss is {loss.item()} at step {step}; use a lower --lr, or --precision fp32")
+        if run.is_main and to_log:
+            rate = (step + 1 - logged) * config.batch_size / (time.time() - since)
+            record = dict(step=step, l1=l1.item(), kl=kl.item(), psnr=psnr(images, reconstructions.detach()).mean().item(),
+                          lr=lr, grad_norm=grad_norm.item(), images_per_s=rate,
+                          eta=clock((config.steps - step - 1) * config.batch_size / rate))
+            if adversarial:
+                record |= {"gan": gan.item(), "critic": critic_loss.item()}
+            log(**record)
+            since, logged = time.time(), step + 1
+        if run.is_main and to_save:
+            measured = evaluate(ema.module.eval(), held_out, calibration, run.device, os.path.join(config.out, "reconstructions.png"))
+            log(step=step, **measured)
+            record |= measured | {"steps_done": step + 1}
+            ema.module.save_pretrained(config.out)
+            save_resume(resume_path, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
+            write_json(os.path.join(config.out, "train.json"), {"config": asdict(config), "metrics": record, **provenance()})
+            since, logged = time.time(), step + 1
+        if last:
+            break
+    return record
+
+
+if __name__ == "__main__":
+    command(main, from_cli(VAETrainConfig, PRESETS))
