@@ -16,8 +16,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-import warnings
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -206,7 +204,7 @@ def save_tensors(path, tensors, dtype=torch.float32):
     """Write a state dict as safetensors, floating-point tensors in `dtype` (bfloat16 and float16 halve the file), atomically."""
     tensors = {name: x.detach().to("cpu", dtype if x.is_floating_point() else None).contiguous() for name, x in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={"format": "pt"})  # older loaders insist on this
 
 
 def load_tensors(path):
@@ -285,6 +283,34 @@ class StopRequest:
             sys.exit(130)
         self.requested = True
         print("stopping after this step; once more to quit at once", file=sys.stderr)
+
+
+    def agreed(self, run):
+        """Whether any process was asked to stop: all must leave the loop at the same step, or the others wait for ever."""
+        if run.world == 1:
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=run.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag.item() > 0
+
+
+def claim_directory(config, settings, free, run):
+    """Make `config.out` the directory of this run, or raise `UserError`: it holds a run already, or, on resume, another one.
+
+    settings: what the run in that directory was started with, a dict (None if there is none). free: the fields that may
+    differ on resume.
+    """
+    if not config.resume and settings is not None:
+        raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another directory")
+    if config.resume and settings is None:
+        raise UserError(f"--resume: there is no run in {config.out}")
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():  # as JSON: tuples have become lists
+        if config.resume and name not in free and settings.get(name) != value:
+            raise UserError(f"--{name} {value}: the run in {config.out} was started with {settings.get(name)}; keep that, or start "
+                            f"another run")
+    os.makedirs(config.out, exist_ok=True)
+    if run.world > 1:
+        dist.barrier()  # every process has looked before one of them writes
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -43,9 +43,10 @@ class TokenizerConfig:
     max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
     drop_quant_p: float = 0.0         # see FSQ
     corrupt_tokens_p: float = 0.0     # see FSQ
-    # Two choices that matter at initialisation only. The values here are the official ones; small models trained for
-    # minutes need larger ones to start using their tokens at all (README, FAQ "the decoder ignores the tokens").
+    # Three standard deviations that matter at initialisation only. The values here are the official ones; small models
+    # trained for minutes need larger ones to start using their tokens at all (README, FAQ).
     position_std: float = 0.02        # of the decoder's register positions
+    code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
     head_std: float = 0.0             # of the encoder's last layer, the one that feeds FSQ
 
 
@@ -310,6 +311,8 @@ class Decoder(nn.Module):
         self.head_adaln = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, self.p**2 * C)
         init_linear(self)
+        if config.code_std > 0:
+            nn.init.normal_(self.from_codes.weight, std=config.code_std)
         # adaLN-zero: at the start every block is the identity and the velocity is 0
         for layer in [block.adaln for block in self.blocks] + [self.head_adaln, self.head]:
             nn.init.zeros_(layer.weight)

@@ -9,7 +9,6 @@ Use a trained tokenizer from the command line: rebuild images from few tokens, w
 With no --checkpoint the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say of
 them. Takes seconds on a CPU.                                                     Next: train_tokenizer.py, to train your own
 """
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common import UserError, command, fit, from_cli, pick_device, psnr, read_image, read_json, replacing, save_grid, to_tensor, write_json
-from data import Emoji, list_files
+from common import (UserError, command, fit, from_cli, pick_device, psnr, read_image, read_json, replacing, save_grid, to_image,
+                    to_tensor, write_json)
+from data import Emoji, list_files, to_float
 from model import FlexTok, powers_of_two
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji64")
@@ -63,13 +63,16 @@ class Decode:
 
 def reconstruct(config):
     """Write the grid: original, then the image rebuilt from each number of tokens; print the mean PSNR of each column."""
+    check_sampling(config)
+    if not config.out.endswith(".png"):
+        raise UserError(f"--out {config.out}: expected a name that ends in .png")
+    if config.n < 1:
+        raise UserError(f"--n {config.n}: expected at least 1 image")
     tokenizer = load(config)
     ks = [tokenizer.config.registers if k == 0 else k for k in config.ks]
     if config.ks == (0,):
         ks = powers_of_two(tokenizer.config.registers)
     check_ks(ks, tokenizer)
-    if config.n < 1:
-        raise UserError(f"--n {config.n}: expected at least 1 image")
     images = load_images(config.paths, tokenizer, config.n)[1] if config.paths else held_out_emoji(tokenizer, config.n)
     images = images.to(pick_device(config.device))                                # (B, 3, H, W)
     tokens = tokenizer.tokenize(images, k=max(ks))                                # B x (1, k)
@@ -104,6 +107,7 @@ def decode(config):
     """A file of tokens -> images."""
     if len(config.paths) != 1:
         raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
+    check_sampling(config)
     tokenizer = load(config)
     names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
     shortest = min(len(row) for row in tokens)
@@ -127,8 +131,6 @@ def load(config):
 
 def sample(tokenizer, tokens, config):
     """List of tokens -> images (B, 3, H, W) by the sampler settings of the command line."""
-    if config.timesteps < 1:
-        raise UserError(f"--timesteps {config.timesteps}: expected at least 1")
     scale = config.guidance_scale or recommended_guidance(config.checkpoint)
     return tokenizer.detokenize(tokens, config.timesteps, scale, generator=torch.Generator().manual_seed(config.seed))
 
@@ -136,6 +138,11 @@ def sample(tokenizer, tokens, config):
 def recommended_guidance(checkpoint):
     """The guidance scale that config.json names under "sampling"; 7.5, the official default, if it does not."""
     return read_json(os.path.join(checkpoint, "config.json")).get("sampling", {}).get("guidance_scale", 7.5)
+
+
+def check_sampling(config):
+    if config.timesteps < 1:
+        raise UserError(f"--timesteps {config.timesteps}: expected at least 1")
 
 
 def check_ks(ks, tokenizer):
@@ -170,8 +177,7 @@ def held_out_emoji(tokenizer, n):
     """n embedded emoji that the shipped weights were not trained on, spread over the categories: (n, 3, H, W)."""
     emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False)
     n = min(n, len(emoji))
-    images = [emoji.get(i * len(emoji) // n, None) for i in range(n)]
-    return torch.stack([(image.float() / 255 - 0.5) / 0.5 for image in images])   # (n, 3, H, W)
+    return to_float(torch.stack([emoji.get(i * len(emoji) // n, None) for i in range(n)]))  # (n, 3, H, W)
 
 
 def read_tokens(path, tokenizer):
@@ -204,8 +210,6 @@ def read_tokens(path, tokenizer):
 
 def write_rows(path, columns, header):
     """Columns (B, 3, H, W) each -> a PNG with one row per image."""
-    if not path.endswith(".png"):
-        raise UserError(f"--out {path}: expected a name that ends in .png")
     save_grid(path, [[column[i] for column in columns] for i in range(len(columns[0]))], header)
     print(f"wrote {path}")
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vae as vae_module
-from common import UserError
+from common import UserError, psnr
 from data import open_data
 from vae import (PRESETS, VAE, Posterior, VAEConfig, VAETrainConfig, adaptive_weight, config_from_diffusers, hinge_loss,
-                 psnr, spread)
+                 spread)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -206,7 +206,7 @@ def test_vae_weights_that_do_not_fit_are_refused_in_a_sentence_naming_the_file(t
 def test_vae_psnr_and_hinge_loss_have_the_values_of_their_formulas():
     grey = torch.zeros(2, 3, 4, 4)
     torch.testing.assert_close(psnr(grey, grey + 0.2), torch.full((2,), 20.0))  # an error of a tenth of the range is 20 dB
-    assert psnr(grey + 1, grey + 1.5).min() > 100  # overshoot is clamped away
+    assert psnr(grey + 1.5, grey + 1).min() > 100  # overshoot is clamped away
     assert hinge_loss(torch.tensor([2.0, 0.5, -3.0, 0.0]).view(4, 1, 1, 1)).item() == 0.5 * (0.25 + 0.5)
 
 

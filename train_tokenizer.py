@@ -4,11 +4,11 @@ Train a FlexTok tokenizer: encoder, FSQ and flow decoder together, on the latent
     images --VAE (frozen)--> latents --Encoder, FSQ--> codes --keep the first k--> Decoder(x_t, t, codes[:k]) --> velocity
                              latents, noise, t ----------> x_t                                 loss = |velocity - (noise - latents)|²
 
-Paper: FlexTok, arXiv 2502.13967, Sec. 3 and App. C. Differences: no REPA loss yet, plain AdamW instead of muP, and three
-choices for runs of minutes (`position_std`, `head_std`, `pure_noise_share`), off in the paper's presets.
+Paper: FlexTok, arXiv 2502.13967, Sec. 3 and App. C. Differences: no REPA loss yet, plain AdamW instead of muP, and some
+choices for runs of minutes (`SHORT` below), off in the paper's presets.
 
     python train_tokenizer.py --preset cpu                                       # two cores; trains its VAE first
-    python train_tokenizer.py --preset emoji64 --out out/emoji64                 # one GPU
+    python train_tokenizer.py --preset emoji64                                   # one GPU
     torchrun --nproc_per_node 8 train_tokenizer.py --preset d18-d28 --data /data/imagenet/train --vae out/vae_in1k
 
 Writes out/<run>/: config.json, model.safetensors (EMA weights: what sample.py reads), resume.pt, log.jsonl, and pictures.
@@ -17,16 +17,18 @@ Times and expected numbers: README.md.                                          
 import hashlib
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import flow
 import vae as stage0
-from common import (Log, StopRequest, UserError, autocast, clock, command, from_cli, init_distributed, learning_rate,
+from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, from_cli, init_distributed, learning_rate,
                     load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid, save_resume, write_json)
 from data import batches, open_data, to_float
 from model import FlexTok, TokenizerConfig, powers_of_two, sample_k
@@ -57,10 +59,11 @@ class TrainConfig:
     drop_quant_p: float = 0.0        # chance per sample that FSQ does not round
     corrupt_tokens_p: float = 0.0    # chance per sample that a random share of its tokens is replaced
     position_std: float = 0.02       # initial size of the decoder's register positions; 0.02 official, 1.0 for short runs
+    code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
     head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
     # method
     nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2 or uniform_pow2
-    dropout_from: float = 0.0        # nested dropout starts after this share of the run
+    autoencoder_share: float = 0.0   # share of the run that begins it with t = 1 and all tokens; 0 official, 0.2 for short runs
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
     t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
     t_mean: float = 0.0              # of logit_normal; above 0 moves t towards noise
@@ -92,15 +95,18 @@ class TrainConfig:
 # epochs of ImageNet. Time by arithmetic, not run: 0.58, 1.9 and 4.4 TFLOP per image, 40 % of an H100's peak.
 PAPER = dict(image_size=256, batch_size=2048, micro_batch=64, steps=100_000, lr=5.6e-4, warmup=8000, workers=12,
              sample_posterior=True)
+# What makes a run of minutes use its tokens at all; each is explained in the README's FAQ, with the numbers
+SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, autoencoder_share=0.2, pure_noise_share=0.3, t_mean=0.5)
 PRESETS = {
-    "cpu": dict(data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
-                enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, head_dim=64, registers=16,
-                position_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5, dropout_from=0.25,
-                steps=2400, batch_size=64, lr=1.5e-3, warmup=100, ema=0.995, log_every=100, eval_every=800),
-    "emoji64": dict(data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=10,
-                    enc_depth=6, dec_depth=6, enc_width=256, dec_width=256, head_dim=64, registers=64,
-                    position_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5, dropout_from=0.25,
-                    steps=3000, batch_size=64, lr=1e-3, warmup=100, ema=0.998, log_every=100, eval_every=1000),
+    "cpu": dict(SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
+                enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
+                steps=2200, batch_size=64, lr=1.5e-3, warmup=100, ema=0.995, eval_every=800),
+    "emoji64-cpu": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
+                        patch_size=4, enc_depth=4, dec_depth=4, enc_width=192, dec_width=192, registers=32,
+                        steps=6000, batch_size=64, lr=1e-3, warmup=200, ema=0.999, eval_every=1000),
+    "emoji64": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=64,
+                    enc_depth=6, dec_depth=6, enc_width=384, dec_width=384, registers=64,
+                    steps=20_000, batch_size=256, lr=8e-4, warmup=500, ema=0.999, eval_every=2000),
     # 8 H100: about 11 hours (from arithmetic, not run)
     "d12-d12": dict(PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
     # 8 H100: about 1.5 days (from arithmetic, not run)
@@ -123,7 +129,8 @@ def build_tokenizer(config, vae):
         enc_width=config.enc_width or 64 * config.enc_depth, enc_depth=config.enc_depth, enc_head_dim=config.head_dim,
         dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth, dec_head_dim=config.head_dim,
         registers=config.registers, levels=config.levels, drop_quant_p=config.drop_quant_p,
-        corrupt_tokens_p=config.corrupt_tokens_p, position_std=config.position_std, head_std=config.head_std), vae)
+        corrupt_tokens_p=config.corrupt_tokens_p, position_std=config.position_std, code_std=config.code_std,
+        head_std=config.head_std), vae)
 
 
 class CachedLatents:
@@ -189,8 +196,8 @@ def draw_noise(config, step, like, run):
     pure = torch.rand(B, generator=on_device, device=run.device) < config.pure_noise_share
     t = torch.where(pure, 1.0, t)
     k_keep = sample_k(B, config.registers, config.nested_dropout, on_cpu)         # (B,)
-    if step < config.dropout_from * config.steps:
-        k_keep = torch.full((B,), config.registers)
+    if step < config.autoencoder_share * config.steps:  # with all tokens and t = 1 this is a plain autoencoder
+        t, k_keep = torch.ones_like(t), torch.full((B,), config.registers)
     null = torch.rand(B, generator=on_cpu) < config.null_p                        # (B,)
     mine = slice(run.rank * b, (run.rank + 1) * b)
     return noise[mine], t[mine], k_keep[mine], null[mine]
@@ -237,7 +244,7 @@ def main(config):
     run = init_distributed(config.device)
     stop = StopRequest()
     resume_path, config_path = (os.path.join(config.out, name) for name in ("resume.pt", "config.json"))
-    check_directory(config, resume_path, config_path)
+    claim_directory(config, read_json(config_path)["train"] if os.path.exists(resume_path) else None, RUN_FIELDS, run)
     b = config.batch_size // run.world
     micro = config.micro_batch or b
     if config.batch_size % run.world or b % micro:
@@ -312,7 +319,7 @@ def main(config):
             part = slice(i, i + micro)
             model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
             x_t = flow.interpolate(latents[part], noise[part], t[part])           # (micro, C, h, w)
-            with autocast(run.device, config.precision):
+            with autocast(run.device, config.precision), attention_kernel(run.device):
                 v, _ = model(latents[part], x_t, t[part], k_keep[part], null[part])
             loss = flow.loss_per_sample(v, flow.velocity_target(latents[part], noise[part]))  # (micro,)
             (loss.mean() * micro / b).backward()
@@ -342,7 +349,8 @@ def main(config):
             log(step=step, **metrics)
             save(done, metrics)
             seconds, logged = time.time(), done  # evaluation does not count as training time
-        if stop.requested or done == config.stop_at:
+        ask = run.world == 1 or done % config.log_every == 0  # asking the other processes means waiting for the GPU
+        if done == config.stop_at or ask and stop.agreed(run):
             if run.is_main:
                 save(done, metrics)
                 print(f"stopped after step {done}; go on with --resume")
@@ -350,29 +358,30 @@ def main(config):
     return metrics
 
 
-def check_directory(config, resume_path, config_path):
-    """Refuse to overwrite a run, and to resume one whose method or sizes were other ones."""
-    if not config.resume:
-        if os.path.exists(resume_path):
-            raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another directory")
-        return
-    if not os.path.exists(resume_path):
-        raise UserError(f"--resume: there is no {resume_path}")
-    before, now = read_json(config_path)["train"], asdict(config)
-    for field in fields(config):
-        old, new = before[field.name], now[field.name]
-        if field.name not in RUN_FIELDS and old != (list(new) if isinstance(new, tuple) else new):
-            raise UserError(f"--{field.name} {new}: the run in {config.out} was started with {old}; keep it, or start another run")
-
-
 def train_vae(config, run):
-    """Stage 0 into <out>/vae, or go on with it; returns the directory, or "" if it was stopped."""
-    out = os.path.join(config.out, "vae")
+    """Stage 0 into <out>/vae, or the rest of it; returns the directory, or "" if it was stopped before its end."""
     if config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
-    settings = {**stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size, "out": out,
-                "device": config.device, "precision": config.precision, "seed": config.seed}
-    return out if stage0.main(stage0.VAETrainConfig(**settings)) else ""
+    out = os.path.join(config.out, "vae")
+    started = os.path.exists(os.path.join(out, "resume.pt"))
+    settings = stage0.VAETrainConfig(**{**stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size,
+                                        "out": out, "device": config.device, "seed": config.seed, "resume": started})
+    def done():
+        path = os.path.join(out, "train.json")
+        return os.path.exists(path) and read_json(path)["metrics"].get("steps_done") == settings.steps
+    if not done():
+        stage0.main(settings)
+    if run.world > 1:
+        dist.barrier()  # the main process writes, all read
+    return out if done() else ""
+
+
+def attention_kernel(device):
+    """Context that picks the kernel of attention: on a CPU the plain one, elsewhere torch's own choice.
+
+    torch 2.13's fused CPU kernel is slow backwards for short sequences: with it, a step of the cpu preset takes twice as long.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def encode(vae, images, config, run):
