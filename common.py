@@ -1,8 +1,8 @@
 """
 Plumbing shared by the scripts; no machine learning in here.
 
-    dataclass --from_cli--> config --init_distributed--> Run(device, rank, world) --> loop --> save_run --> out/<run>/
-                                                                                               config.json  model.safetensors  resume.pt
+    dataclass --from_cli--> config --init_distributed--> Run(device, rank, world) --> loop --> out/<run>/
+                                                                       config.json  model.safetensors  resume.pt  log.jsonl
 Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; logging; images.
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
@@ -124,6 +124,7 @@ def autocast(device, precision):
     """Context for the forward pass: precision "bf16" runs matrix products in bfloat16, "fp32" changes nothing.
 
     "auto" is bf16 where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX).
+    Raises UserError for any other word.
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"--precision {precision}: expected auto, bf16 or fp32")
@@ -137,7 +138,8 @@ def has_native_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        asks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+        return torch.backends.mkldnn.is_available() and any(ask() for ask in asks if ask)
     return False  # mps: left at float32, not tested here
 
 
@@ -160,9 +162,11 @@ def make_ema(model, decay):
     (the rule of tf.train.ExponentialMovingAverage). The averaged model is `.module`.
     """
     def average(ema_params, params, n):
-        d = min(decay, (1 + int(n)) / (10 + int(n)))
+        n = int(averaged.n_averaged)  # the argument is a copy on the device, and reading it would wait for the device
+        d = min(decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(ema_params, params, 1 - d)
-    return AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
+    averaged = AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
+    return averaged
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -200,9 +204,10 @@ def read_json(path):
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def save_tensors(path, tensors, dtype=torch.float32):
-    """Write a state dict as safetensors, floating-point tensors in `dtype` (bfloat16 and float16 halve the file), atomically."""
-    tensors = {name: x.detach().to("cpu", dtype if x.is_floating_point() else None).contiguous() for name, x in tensors.items()}
+def save_tensors(path, tensors, dtype=torch.float32, keep=()):
+    """Write a state dict as safetensors, atomically: floating-point tensors in `dtype`, but for those named in `keep`."""
+    tensors = {name: x.detach().to("cpu", dtype if x.is_floating_point() and name not in keep else None).contiguous()
+               for name, x in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})  # older loaders insist on this
 
@@ -236,24 +241,25 @@ def load_weights(module, tensors, path):
 
 
 def save_resume(path, **state):
-    """Write everything a run needs to go on (weights, optimizer, step, random states), atomically, with torch.save."""
-    state["rng"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["rng_cuda"] = torch.cuda.get_rng_state()
+    """Write everything a run needs to go on (weights, optimizer, step), atomically, with torch.save.
+
+    No random states: every step of our training scripts seeds itself.
+    """
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
 
-def load_resume(path, device):
-    """Read `save_resume`'s file (tensors and plain values only: weights_only=True executes nothing) and restore the RNG."""
+def load_resume(path):
+    """Read `save_resume`'s file onto the CPU; tensors and plain values only (weights_only=True executes nothing)."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise UserError(f"{path}: cannot be read as a resume file ({str(error).splitlines()[0]})") from None
-    torch.set_rng_state(state["rng"].cpu())
-    if "rng_cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng_cuda"].cpu())
-    return state
+
+
+def seed_step(seed, step, run):
+    """Seed torch's global generators for this step and rank: what is drawn does not depend on what was drawn before."""
+    torch.manual_seed(((seed << 32) + step) * run.world + run.rank)
 
 
 def provenance():
@@ -271,7 +277,10 @@ def provenance():
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads (`stop.requested`), so that it saves before it ends."""
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads by `agreed`, so that it saves before it ends.
+
+    It takes over the signals for good: make it right before the loop.
+    """
 
     def __init__(self):
         self.requested = False
@@ -300,7 +309,7 @@ def claim_directory(config, settings, free, run):
     settings: what the run in that directory was started with, a dict (None if there is none). free: the fields that may
     differ on resume.
     """
-    if not config.resume and settings is not None:
+    if not config.resume and (settings is not None or os.path.exists(os.path.join(config.out, "config.json"))):
         raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another directory")
     if config.resume and settings is None:
         raise UserError(f"--resume: there is no run in {config.out}")
@@ -341,7 +350,9 @@ class Log:
 
 
 def _short(value):
-    """A number, or a list of numbers, as it stands in a log line."""
+    """A number, or a list of numbers, as it stands in a log line; None, "nothing to measure", is a dash."""
+    if value is None:
+        return "-"
     if isinstance(value, (list, tuple)):
         return "/".join(_short(v) for v in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -415,8 +426,12 @@ def fit(image, size):
 
 def to_tensor(image):
     """PIL RGB image -> (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
-    return (pixels.float() / 255 - 0.5) / 0.5
+    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())  # (3, H, W)
+
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1], any shape."""
+    return (images.float() / 255 - 0.5) / 0.5
 
 
 def to_image(tensor):

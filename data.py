@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from common import Run, UserError, fit, opened, read_image, read_json, save_grid
+from common import Run, UserError, fit, opened, read_image, read_json, save_grid, to_float
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 BICUBIC = Image.Resampling.BICUBIC
@@ -45,11 +45,6 @@ def open_data(data, image_size, split="train", augment=True, seed=0):
     if os.path.isdir(data):
         return Folder(data, image_size, split, augment)
     raise UserError(f"--data {data}: expected emoji, shapes or an existing folder")
-
-
-def to_float(images):
-    """uint8 -> float32 in [-1, 1]. Done on the device: the pipes before it carry a quarter of the bytes."""
-    return (images.float() / 255 - 0.5) / 0.5
 
 
 def to_bytes(pixels):
@@ -301,10 +296,7 @@ class Folder:
         if stored < MEMORY_BYTES and sum(pixels.values()) < MEMORY_PIXELS:
             self.memory = self._usable(self.paths, self._read)
             self.paths = list(self.memory)
-        for message in self.skipped[:10]:
-            print("skipped", message, file=sys.stderr)
-        if len(self.skipped) > 10:
-            print(f"skipped {len(self.skipped) - 10} more", file=sys.stderr)
+        report_skipped(root, self.skipped)
         if not self.paths:
             raise UserError(f"{root}: no readable image in this folder (split {split})")
 
@@ -362,6 +354,19 @@ class Folder:
         return np.asarray(image)                                                     # (H, W, 3)
 
 
+NAMED = set()  # messages already printed: both splits, and every stage, open the same folder
+
+
+def report_skipped(root, messages):
+    """Name each unreadable file once a process, at most 10 of them, and say how many there are."""
+    fresh = [message for message in messages if message not in NAMED]
+    NAMED.update(fresh)
+    for message in fresh[:10]:
+        print("skipped", message, file=sys.stderr)
+    if fresh:
+        print(f"{root}: {len(fresh)} unreadable in all, skipped", file=sys.stderr)
+
+
 def list_files(root):
     """Relative paths ("/" between folders), sorted: what is not hidden and not text. Links to folders are not followed."""
     found = []
@@ -395,24 +400,37 @@ def split_paths(paths, split):
 
 
 class Stream(Dataset):
-    """Position p = 0, 1, 2, ... in endless training -> (image (3, S, S) uint8, label, index): a pure function of (seed, p)."""
+    """Position p = 0, 1, 2, ... in endless training -> (image (3, S, S) uint8, label, index): a pure function of (seed, p).
+
+    With the cached latents of train_tokenizer.py in place of a data set, the "images" are latents (C, h, w) float32.
+    """
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed, self.epoch = dataset, seed, -1
 
     def __getitem__(self, position):
-        n = len(self.dataset)
-        epoch, place = divmod(position, n)
+        epoch, place = divmod(position, len(self.dataset))
         if epoch != self.epoch:  # shuffled anew each time round
-            self.order, self.epoch = np.random.default_rng((self.seed, 0, epoch)).permutation(n), epoch
-        index = int(self.order[place])
-        for index in (*range(index, n), *range(index)):
-            try:
-                image = self.dataset.get(index, np.random.default_rng((self.seed, 1, position)))
-                return image, self.dataset.label(index), index
-            except UserError as error:  # a file of a large folder turns out broken: the next one takes its place
-                print("skipped", error, file=sys.stderr)
-        raise UserError("no image of the data set can be read any more")
+            self.order, self.epoch = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.dataset)), epoch
+        image, index = get_readable(self.dataset, int(self.order[place]), np.random.default_rng((self.seed, 1, position)))
+        return image, self.dataset.label(index), index
+
+
+def get_readable(dataset, i, rng):
+    """Item i -> (image, i); a file of a large folder that turns out broken is named, and the next one takes its place."""
+    n = len(dataset)
+    for index in itertools.chain(range(i, n), range(i)):
+        try:
+            return dataset.get(index, rng), index
+        except UserError as error:
+            print("skipped", error, file=sys.stderr)
+    raise UserError("no image of the data set can be read any more")
+
+
+def spread(dataset, count):
+    """`count` images evenly spread over a data set (which may be sorted by class), or all: (n, 3, S, S) in [-1, 1]."""
+    n, rng = min(count, len(dataset)), np.random.default_rng(0)
+    return to_float(torch.stack([get_readable(dataset, i * len(dataset) // n, rng)[0] for i in range(n)]))  # (n, 3, S, S)
 
 
 def batches(dataset, batch_size, seed, run, start_step=0, workers=0):

@@ -5,7 +5,7 @@ Rectified flow: the path from data to noise, the training target, the samplers, 
     image      <------ x <- x - v(x, t)/N, t from 1 to 1/N ------- fresh noise
 
 Papers: rectified flow, arXiv 2209.03003; FlexTok, arXiv 2502.13967 (the same path and sign, after minRF); guidance:
-CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Differences from the official code: we add Heun's method, and it has no loss.
+CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Differences from the official code: Heun's method, and the loss, of which it has none.
 A *velocity* below is a function (x (B, ...), t (1,)) -> v (B, ...): all images of a sampling batch share t.
 
     python flow.py          # 30 s on a CPU: learns a 2-D spiral, writes out/flow.png                    Next: model.py

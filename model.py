@@ -345,13 +345,13 @@ class Decoder(nn.Module):
             raise ValueError(f"{k} tokens, but this model has {self.K} registers")
         registers = self.from_codes(codes) + self.positions[:k]                   # (B, k, D)
         if k_keep is not None:
-            kept = torch.arange(k, device=codes.device) < k_keep.to(codes.device)[:, None]  # (B, k)
+            kept = torch.arange(k, device=codes.device) < k_keep.to(codes.device, non_blocking=True)[:, None]  # (B, k)
             # after the position was added: all dropped registers are one and the same vector
             registers = torch.where(kept[..., None], registers, self.mask_token)
         if k < self.K:
             registers = torch.cat([registers, self.mask_token.expand(B, 1, -1).to(registers.dtype)], 1)  # (B, k + 1, D)
         if null is not None:
-            registers = torch.where(null.to(codes.device)[:, None, None], self.null_token, registers)
+            registers = torch.where(null.to(codes.device, non_blocking=True)[:, None, None], self.null_token, registers)
         return registers, self.K - k
 
 
@@ -416,7 +416,7 @@ class FlexTok(nn.Module):
             order.append(members)
             i = members.to(latents.device, non_blocking=True)
             velocities.append(self.decoder(x_t[i], t[i], codes[i, :k], k_keep[members], null[members]))
-        back = torch.cat(order).argsort().to(latents.device)                      # (B,)
+        back = torch.cat(order).argsort().to(latents.device, non_blocking=True)                      # (B,)
         return torch.cat(velocities)[back], tokens                                # (B, C, h, w), (B, K)
 
     @torch.no_grad()
@@ -439,6 +439,8 @@ class FlexTok(nn.Module):
         official code gives. vae_image_sizes: size of the latent grid (not of the image), an int or a list of B equal
         (h, w); None is the size of training. Raises ValueError for tokens that are no such list.
         """
+        if timesteps < 1:
+            raise ValueError(f"timesteps={timesteps}: expected at least 1")
         device = self.decoder.mask_token.device
         codes, k_keep = self.codes_of(tokens)                                     # (B, k, L), (B,)
         B, (h, w) = len(codes), self._latent_size(vae_image_sizes, len(codes))
@@ -458,8 +460,11 @@ class FlexTok(nn.Module):
         if not len(tokens):
             raise ValueError("no tokens to decode: the list is empty")
         device = self.decoder.mask_token.device
-        rows = [torch.as_tensor(row, device=device).reshape(-1) for row in tokens]      # B x (k_i,)
+        rows = [torch.as_tensor(row, device=device) for row in tokens]
         for i, row in enumerate(rows):
+            if row.is_floating_point() or row.dtype == torch.bool or row.dim() not in (1, 2) or row.dim() == 2 and len(row) != 1:
+                raise ValueError(f"image {i}: tokens of shape {list(row.shape)} and {row.dtype}, expected integers (1, k) or (k,)")
+            rows[i] = row = row.reshape(-1).long()                                # (k_i,)
             if not 1 <= len(row) <= self.config.registers:
                 raise ValueError(f"image {i} has {len(row)} tokens, expected 1 to {self.config.registers}")
         lengths = torch.tensor([len(row) for row in rows], device=device)         # (B,)
@@ -473,16 +478,16 @@ class FlexTok(nn.Module):
             return tuple(side * self.config.patch_size for side in self.config.grid)
         if isinstance(sizes, int):
             return sizes, sizes
-        sizes = [tuple(size) for size in sizes]
-        if len(sizes) != B or any(size != sizes[0] for size in sizes):
+        if len(sizes) != B or any(isinstance(size, int) or tuple(size) != tuple(sizes[0]) for size in sizes):
             raise ValueError(f"vae_image_sizes {sizes}: expected one (h, w) for each of {B} images, all equal; decode others apart")
-        return sizes[0]
+        return tuple(sizes[0])
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
         write_json(os.path.join(directory, "config.json"),
                    {"format": "minFlexTok", "tokenizer": asdict(self.config), "vae": asdict(self.vae.config), **notes})
-        save_tensors(os.path.join(directory, "model.safetensors"), self.state_dict(), dtype)
+        tensors = self.state_dict()
+        save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, keep=fixed_tables(tensors))
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu"):
@@ -499,6 +504,11 @@ class FlexTok(nn.Module):
         weights = os.path.join(directory, "model.safetensors")
         load_weights(model, load_tensors(weights), weights)
         return model.to(device).eval()
+
+
+def fixed_tables(names):
+    """Those of the tensor names that are sine-cosine tables: they stay float32, so that larger grids continue them exactly."""
+    return [name for name in names if name.endswith("patch_embed.positions")]
 
 
 def _tuples(fields):

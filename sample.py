@@ -18,7 +18,7 @@ import torch
 
 from common import (UserError, command, fit, from_cli, pick_device, psnr, read_image, read_json, replacing, save_grid, to_image,
                     to_tensor, write_json)
-from data import Emoji, list_files, to_float
+from data import Emoji, list_files, spread
 from model import FlexTok, powers_of_two
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji64")
@@ -93,7 +93,8 @@ def encode(config):
     k = config.k or tokenizer.config.registers
     check_ks([k], tokenizer)
     names, images = load_images(config.paths, tokenizer)
-    tokens = torch.cat(tokenizer.tokenize(images.to(pick_device(config.device)), k=k)).cpu()  # (B, k)
+    device = pick_device(config.device)
+    tokens = torch.cat([row for part in images.split(32) for row in tokenizer.tokenize(part.to(device), k=k)]).cpu()  # (B, k)
     if config.out.endswith(".npy"):
         with replacing(config.out) as temporary, open(temporary, "wb") as file:
             np.save(file, tokens.numpy())
@@ -108,6 +109,8 @@ def decode(config):
     if len(config.paths) != 1:
         raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
     check_sampling(config)
+    if os.path.splitext(config.out)[1] not in ("", ".png"):
+        raise UserError(f"--out {config.out}: expected a name that ends in .png, or a folder")
     tokenizer = load(config)
     names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
     shortest = min(len(row) for row in tokens)
@@ -118,9 +121,9 @@ def decode(config):
     if config.out.endswith(".png"):
         return write_rows(config.out, columns, [f"k={k}" if k else "all tokens" for k in config.ks])
     for k, column in zip(config.ks, columns):
-        for name, image in zip(names, column):
-            path = os.path.join(config.out, os.path.splitext(os.path.basename(name))[0] + (f"_k{k:03d}.png" if k else ".png"))
-            save_image(path, image)
+        for i, (name, image) in enumerate(zip(names, column)):  # the number keeps cats/1.png and dogs/1.png apart
+            stem = os.path.splitext(os.path.basename(name))[0]
+            save_image(os.path.join(config.out, f"{i:03d}_{stem}" + (f"_k{k:03d}.png" if k else ".png")), image)
     print(f"wrote {len(names) * len(columns)} images to {config.out}")
 
 
@@ -175,9 +178,7 @@ def load_images(paths, tokenizer, n=None):
 
 def held_out_emoji(tokenizer, n):
     """n embedded emoji that the shipped weights were not trained on, spread over the categories: (n, 3, H, W)."""
-    emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False)
-    n = min(n, len(emoji))
-    return to_float(torch.stack([emoji.get(i * len(emoji) // n, None) for i in range(n)]))  # (n, 3, H, W)
+    return spread(Emoji(max(tokenizer.image_size), "held_out", augment=False), n)
 
 
 def read_tokens(path, tokenizer):
@@ -216,7 +217,6 @@ def write_rows(path, columns, header):
 
 def save_image(path, image):
     """(3, H, W) in [-1, 1] -> a PNG of its own size."""
-    from common import to_image
     with replacing(path) as temporary:
         to_image(image).save(temporary, format="PNG")
 

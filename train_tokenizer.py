@@ -29,9 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 import flow
 import vae as stage0
 from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, from_cli, init_distributed, learning_rate,
-                    load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid, save_resume, write_json)
-from data import batches, open_data, to_float
-from model import FlexTok, TokenizerConfig, powers_of_two, sample_k
+                    load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid, save_resume, seed_step, to_float, write_json)
+from data import batches, get_readable, open_data, spread
+from fsq import FSQ
+from model import Attention, FlexTok, TokenizerConfig, powers_of_two, sample_k
 from vae import VAE
 
 
@@ -77,7 +78,7 @@ class TrainConfig:
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
     weight_decay: float = 0.0        # of AdamW, on matrices only
     grad_clip: float = 1.0           # largest gradient norm
-    ema: float = 0.9999              # decay of the averaged weights
+    ema_decay: float = 0.9999        # decay of the averaged weights
     # running
     seed: int = 0                    # of the weights, the data order and the noise
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
@@ -93,28 +94,28 @@ class TrainConfig:
 
 # The paper's recipe, as far as it is known (batch, lr, betas, clip, no weight decay). 100k steps of 2048 images are 160
 # epochs of ImageNet. Time by arithmetic, not run: 0.58, 1.9 and 4.4 TFLOP per image, 40 % of an H100's peak.
-PAPER = dict(image_size=256, batch_size=2048, micro_batch=64, steps=100_000, lr=5.6e-4, warmup=8000, workers=12,
+PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batch_size=2048, micro_batch=64, steps=100_000, lr=5.6e-4, warmup=8000, workers=12,
              sample_posterior=True)
 # What makes a run of minutes use its tokens at all; each is explained in the README's FAQ, with the numbers
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, autoencoder_share=0.2, pure_noise_share=0.3, t_mean=0.5)
 PRESETS = {
     "cpu": dict(SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
                 enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
-                steps=2200, batch_size=64, lr=1.5e-3, warmup=100, ema=0.995, eval_every=800),
+                steps=2200, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.995, eval_every=800),
     "emoji64-cpu": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
                         patch_size=4, enc_depth=4, dec_depth=4, enc_width=192, dec_width=192, registers=32,
-                        steps=6000, batch_size=64, lr=1e-3, warmup=200, ema=0.999, eval_every=1000),
+                        steps=6000, batch_size=64, lr=1e-3, warmup=200, ema_decay=0.999, eval_every=1000),
     "emoji64": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=64,
                     enc_depth=6, dec_depth=6, enc_width=384, dec_width=384, registers=64,
-                    steps=20_000, batch_size=256, lr=8e-4, warmup=500, ema=0.999, eval_every=2000),
-    # 8 H100: about 11 hours (from arithmetic, not run)
+                    steps=20_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+    # 8 H100: about 10 hours (from arithmetic, not run)
     "d12-d12": dict(PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
-    # 8 H100: about 1.5 days (from arithmetic, not run)
+    # 8 H100: about 1.4 days (from arithmetic, not run)
     "d18-d18": dict(PAPER, enc_depth=18, dec_depth=18, out="out/d18-d18"),
     # 8 H100: about 3.3 days (from arithmetic, not run)
     "d18-d28": dict(PAPER, enc_depth=18, dec_depth=28, out="out/d18-d28"),
 }
-RUN_FIELDS = ("out", "workers", "device", "log_every", "eval_every", "eval_images", "eval_timesteps", "eval_guidance",
+RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "eval_timesteps", "eval_guidance",
               "resume", "stop_at", "micro_batch")  # may differ when a run is resumed
 
 
@@ -163,7 +164,8 @@ class CachedLatents:
         seconds = time.time()
         for start in range(0, len(store), 64):
             rows = range(start, min(start + 64, len(store)))
-            images = torch.stack([self.dataset.get(row % n, np.random.default_rng((config.seed, row))) for row in rows])
+            images = torch.stack([get_readable(self.dataset, row % n, np.random.default_rng((config.seed, row)))[0] for row in rows])
+            seed_step(config.seed, start, run)  # for draws from the posterior
             with autocast(run.device, config.precision):
                 latents = vae.latents(to_float(images.to(run.device)), config.sample_posterior)  # (64, C, h, w)
             store[start:start + len(rows)] = latents.float().cpu().numpy()
@@ -174,7 +176,7 @@ class CachedLatents:
         return len(self.dataset)
 
     def label(self, i):
-        return self.dataset.label(i)
+        return 0  # stage 1 needs no labels, and those of the drawn shapes cost time
 
     def get(self, i, rng):
         row = int(rng.integers(self.views)) * len(self.dataset) + i
@@ -182,7 +184,7 @@ class CachedLatents:
 
 
 def draw_noise(config, step, like, run):
-    """Everything random of one step: noise (b, C, h, w), t (b,), k_keep (b,) and null (b,), the last two on the CPU.
+    """The method's random numbers: noise (b, C, h, w), t (b,), k_keep (b,) and null (b,), the last two on the CPU.
 
     Drawn for the global batch from (seed, step) alone, of which each process takes its part: so a run on two processes
     is the run on one, and a resumed run needs no memory of what was drawn before.
@@ -242,13 +244,11 @@ def main(config):
     """Train; returns the last evaluation's metrics. A stopped run (Ctrl-C, SIGTERM, --stop_at) returns {} after saving."""
     # ---- distributed ------------------------------------------------------------------------------------------
     run = init_distributed(config.device)
-    stop = StopRequest()
+    check(config, run)
     resume_path, config_path = (os.path.join(config.out, name) for name in ("resume.pt", "config.json"))
-    claim_directory(config, read_json(config_path)["train"] if os.path.exists(resume_path) else None, RUN_FIELDS, run)
-    b = config.batch_size // run.world
-    micro = config.micro_batch or b
-    if config.batch_size % run.world or b % micro:
-        raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x {micro}")
+    claim_directory(config, read_json(config_path).get("train") if os.path.exists(resume_path) else None, RUN_FIELDS, run)
+    b = config.batch_size // run.world  # images of this process per step
+    micro = config.micro_batch or b     # images of one forward pass
 
     # ---- data -------------------------------------------------------------------------------------------------
     vae_directory = config.vae or train_vae(config, run)
@@ -257,16 +257,14 @@ def main(config):
     vae = VAE.from_pretrained(vae_directory).to(run.device).requires_grad_(False)
     dataset = open_data(config.data, config.image_size, "train", augment=True, seed=config.seed)
     held_out = open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed)
-    n = min(config.eval_images, len(held_out))
-    # evenly spread over the held-out set, which may be sorted by class
-    eval_images = to_float(torch.stack([held_out.get(i * len(held_out) // n, None) for i in range(n)])).to(run.device)
+    eval_images = spread(held_out, config.eval_images).to(run.device)            # (n, 3, H, W)
     if config.cache_latents:
         dataset = CachedLatents(dataset, config.cache_latents, vae, config, run)
 
     # ---- model ------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
     raw = build_tokenizer(config, vae).to(run.device)
-    ema = make_ema(raw, config.ema)
+    ema = make_ema(raw, config.ema_decay)
     model = raw
     if run.world > 1:
         # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
@@ -283,11 +281,12 @@ def main(config):
     # ---- resume -----------------------------------------------------------------------------------------------
     start = 0
     if config.resume:
-        state = load_resume(resume_path, run.device)
+        state = load_resume(resume_path)
         raw.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        del state  # or a second copy of everything stays in memory
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log = Log(config.out, run, start)
     if run.is_main:
@@ -295,10 +294,13 @@ def main(config):
               f"micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
 
     def save(step, metrics):
-        ema.module.save_pretrained(config.out, train=asdict(config), step=step, metrics=metrics, **provenance())
+        # "sampling" is what sample.py uses unless told otherwise
+        ema.module.save_pretrained(config.out, train=asdict(config), step=step, metrics=metrics,
+                                   sampling={"guidance_scale": config.eval_guidance}, **provenance())
         save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
     # ---- loop -------------------------------------------------------------------------------------------------
+    stop = StopRequest()
     raw.train()
     vae.eval()
     metrics, seconds, logged = {}, time.time(), start
@@ -308,8 +310,9 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
+        seed_step(config.seed, step, run)  # for what is not drawn by draw_noise: the VAE's posterior, FSQ's training noise
         batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, h, w), or uint8 (b, 3, H, W)
-        latents = batch if config.cache_latents else encode(vae, batch, config, run)  # (b, C, h, w)
+        latents = batch if config.cache_latents else encode(vae, batch, micro, config, run)  # (b, C, h, w)
         if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
             with torch.no_grad():
                 save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
@@ -323,9 +326,9 @@ def main(config):
                 v, _ = model(latents[part], x_t, t[part], k_keep[part], null[part])
             loss = flow.loss_per_sample(v, flow.velocity_target(latents[part], noise[part]))  # (micro,)
             (loss.mean() * micro / b).backward()
-            pure = (t[part] == 1) & ~null[part].to(run.device)  # the tokens alone must carry these
+            pure = (t[part] == 1) & ~null[part].to(run.device, non_blocking=True)  # the tokens alone must carry these
             by_t = flow.loss_by_t(loss, t[part])
-            sums += torch.cat([by_t[0], loss.detach()[pure].sum()[None]])         # (5,)
+            sums += torch.cat([by_t[0], (loss.detach() * pure).sum()[None]])         # (5,)
             counts += torch.cat([by_t[1], pure.sum()[None]])                      # (5,)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
@@ -334,23 +337,26 @@ def main(config):
         ema.update_parameters(raw)
 
         done = step + 1
+        stopping = done == config.stop_at or stop.agreed(run)
+        evaluating = done % config.eval_every == 0 or done == config.steps
+        if (evaluating or stopping) and not loss.isfinite().all():
+            raise UserError(f"the loss is no longer finite at step {step}; the last checkpoint stands, try a lower --lr than {config.lr}")
         if done % config.log_every == 0 or done == config.steps:
             if run.world > 1:
                 dist.all_reduce(sums), dist.all_reduce(counts)
             rate = (done - logged) / (time.time() - seconds)
-            mean = (sums / counts.clamp(min=1)).tolist()
+            mean = [total / n if n else None for total, n in zip(sums.tolist(), counts.tolist())]
             log(step=step, loss=(sums[:4].sum() / counts[:4].sum()).item(), loss_by_t=mean[:4], loss_pure_noise=mean[4], lr=lr,
                 grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
             seconds, logged = time.time(), done
             sums.zero_(), counts.zero_()
-        if (done % config.eval_every == 0 or done == config.steps) and run.is_main:
+        if evaluating and run.is_main:
             ema.module.eval()
             metrics = evaluate(ema.module, eval_images, config, os.path.join(config.out, f"step{done:07d}.png"))
             log(step=step, **metrics)
             save(done, metrics)
             seconds, logged = time.time(), done  # evaluation does not count as training time
-        ask = run.world == 1 or done % config.log_every == 0  # asking the other processes means waiting for the GPU
-        if done == config.stop_at or ask and stop.agreed(run):
+        if stopping:
             if run.is_main:
                 save(done, metrics)
                 print(f"stopped after step {done}; go on with --resume")
@@ -358,21 +364,45 @@ def main(config):
     return metrics
 
 
+def check(config, run):
+    """Raise UserError for settings that cannot work, before anything is trained or written."""
+    for name in ("steps", "batch_size", "log_every", "eval_every", "eval_images", "eval_timesteps", "warmup", "registers"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: expected 0 or more")
+    if config.batch_size % (run.world * max(1, config.micro_batch)):
+        raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x "
+                        f"{max(1, config.micro_batch)}")
+    if not config.vae and config.vae_preset not in stage0.PRESETS:
+        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
+    sample_t(config, 1, None, None)
+    autocast(run.device, config.precision)
+    try:
+        sample_k(1, config.registers, config.nested_dropout)
+        with torch.device("meta"):
+            Attention(config.enc_width or 64 * config.enc_depth, config.head_dim)
+            Attention(config.dec_width or 64 * config.dec_depth, config.head_dim)
+            FSQ(config.levels)
+    except ValueError as error:
+        raise UserError(f"these settings do not make a model: {error}") from None
+
+
 def train_vae(config, run):
     """Stage 0 into <out>/vae, or the rest of it; returns the directory, or "" if it was stopped before its end."""
-    if config.vae_preset not in stage0.PRESETS:
-        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
     out = os.path.join(config.out, "vae")
     started = os.path.exists(os.path.join(out, "resume.pt"))
-    settings = stage0.VAETrainConfig(**{**stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size,
-                                        "out": out, "device": config.device, "seed": config.seed, "resume": started})
+    settings = stage0.VAETrainConfig(**{
+        **stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size, "out": out, "resume": started,
+        "device": config.device, "precision": config.precision, "workers": config.workers, "seed": config.seed})
     def done():
         path = os.path.join(out, "train.json")
-        return os.path.exists(path) and read_json(path)["metrics"].get("steps_done") == settings.steps
-    if not done():
-        stage0.main(settings)
+        return os.path.exists(path) and read_json(path).get("metrics", {}).get("steps_done") == settings.steps
+    stage0.main(settings)  # if it is finished already, it sees that its steps are done
     if run.world > 1:
         dist.barrier()  # the main process writes, all read
+    if not done() and run.is_main:
+        print("stopped within stage 0, the VAE; give the same command again to go on")
     return out if done() else ""
 
 
@@ -384,10 +414,10 @@ def attention_kernel(device):
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-def encode(vae, images, config, run):
-    """uint8 images (b, 3, H, W) -> scaled latents (b, C, h, w) float32."""
+def encode(vae, images, micro, config, run):
+    """uint8 images (b, 3, H, W) -> scaled latents (b, C, h, w) float32, `micro` images at a time."""
     with torch.no_grad(), autocast(run.device, config.precision):
-        return vae.latents(to_float(images), config.sample_posterior).float()
+        return torch.cat([vae.latents(to_float(part), config.sample_posterior).float() for part in images.split(micro)])
 
 
 if __name__ == "__main__":
