@@ -223,7 +223,7 @@ def load_tensors(path):
 
 
 def load_weights(module, tensors, path):
-    """Copy `tensors` into `module`, strictly: raises `UserError`, naming `path`, at a missing, extra, misshapen or non-finite one."""
+    """Copy `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`."""
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     for kind, names in (("lacks", missing), ("has the unexpected", extra)):
@@ -315,8 +315,8 @@ def claim_directory(config, settings, free, run):
         raise UserError(f"--resume: there is no run in {config.out}")
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():  # as JSON: tuples have become lists
         if config.resume and name not in free and settings.get(name) != value:
-            raise UserError(f"--{name} {value}: the run in {config.out} was started with {settings.get(name)}; keep that, or start "
-                            f"another run")
+            raise UserError(f"--{name} {value}: the run in {config.out} was started with {settings.get(name)}; keep "
+                            f"that, or start another run")
     os.makedirs(config.out, exist_ok=True)
     if run.world > 1:
         dist.barrier()  # every process has looked before one of them writes

@@ -5,7 +5,7 @@ Rectified flow: the path from data to noise, the training target, the samplers, 
     image      <------ x <- x - v(x, t)/N, t from 1 to 1/N ------- fresh noise
 
 Papers: rectified flow, arXiv 2209.03003; FlexTok, arXiv 2502.13967 (the same path and sign, after minRF); guidance:
-CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Differences from the official code: Heun's method, and the loss, of which it has none.
+CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Not in the official code: Heun, the loss.
 A *velocity* below is a function (x (B, ...), t (1,)) -> v (B, ...): all images of a sampling batch share t.
 
     python flow.py          # 30 s on a CPU: learns a 2-D spiral, writes out/flow.png                    Next: model.py
@@ -26,7 +26,7 @@ def _expand(t, x):
 
 
 def interpolate(data, noise, t):
-    """x_t = (1-t)·data + t·noise.  data, noise (B, ...), t (B,) in [0, 1] -> (B, ...).         (arXiv 2209.03003, Eq. 1)"""
+    """x_t = (1-t)·data + t·noise: data, noise (B, ...), t (B,) in [0, 1] -> (B, ...).          (arXiv 2209.03003, Eq. 1)"""
     t = _expand(t, data)                                                          # (B, 1, ..., 1)
     return (1 - t) * data + t * noise
 
@@ -127,7 +127,7 @@ def cfg(v_cond, v_uncond, cfg_scale):
 
 
 class APG:
-    """Adaptive projected guidance (arXiv 2410.02416, Alg. 1): CFG without over-saturation at large scales.
+    """Adaptive projected guidance (arXiv 2410.02416): CFG without over-saturation at large scales.
 
     Call it once per step, in order, with v_cond, v_uncond (B, ...) -> v (B, ...). One object serves one sampling run:
     it keeps a running difference for each sample (the momentum, negative: it pushes back repeated directions).
@@ -152,7 +152,7 @@ class APG:
         unit = unit / unit.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
         parallel = (diff.to(wide) * unit).sum(axes, keepdim=True) * unit
         orthogonal = diff.to(wide) - parallel
-        # v = v_cond + (s-1)·(orthogonal + η·parallel)                                   (APG Eq. 7; s = cfg_scale)
+        # v = v_cond + (s-1)·(orthogonal + η·parallel)                                   (s = cfg_scale)
         return v_cond + (cfg_scale - 1) * (orthogonal.to(diff.dtype) + self.eta * parallel.to(diff.dtype))
 
 

@@ -50,7 +50,7 @@ class FSQ(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             bounded = self.bound(latents.float())
             # Straight-through estimator: forward the rounded value, backward as if rounding were the identity.
-            # torch.round is half-to-even.                                                        (FSQ paper, Sec. 3.1)
+            # torch.round is half-to-even.                                                        (FSQ paper)
             rounded = bounded + (bounded.round() - bounded).detach()
             digits = rounded.detach().round().long() + self.half_width            # each in [0, l)
             if self.training and self.drop_quant_p > 0:

@@ -4,7 +4,7 @@ The tokenizer: an image becomes K ordered tokens, and any first k of them become
     images (B,3,H,W) --VAE--> latents (B,C,h,w) --Encoder--> (B,K,L) --FSQ--> codes (B,K,L) in [-1,1] = tokens (B,K)
     images <--VAE-- latents <--flow sampler-- noise (B,C,h,w), where velocity = Decoder(x_t, t, first k codes)
 
-Paper: FlexTok, arXiv 2502.13967, Sec. 3. Numerically equal to the official code (test_all.py, section golden), with three
+Paper: FlexTok, arXiv 2502.13967. Numerically equal to the official code (test_all.py, section golden), with three
 exact savings that it does not have; each is derived where it is made: search this file for SAVING.
 Letters: B batch, C latent channels, h w latent grid, p patch size, N patches, K registers, k kept ones, L FSQ dimensions,
 D width, nh hd heads and head size.
@@ -159,7 +159,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.p = patch_size
         self.proj = nn.Linear(patch_size**2 * channels, width)
-        self.register_buffer("positions", sincos_2d(width, *grid))                # (1, D, rows, columns), saved: official has it too
+        self.register_buffer("positions", sincos_2d(width, *grid))                # (1, D, rows, columns), saved, as official
 
     def forward(self, latents):
         rows, columns = latents.shape[2] // self.p, latents.shape[3] // self.p
@@ -210,7 +210,8 @@ def prefix_causal_attention(N):
     rows see everything but the registers to their right, which is causal attention aligned at the lower right corner.
     Two calls without a dense mask compute the same numbers. And because nothing ever looks at register j from before
     it, leaving out the registers from k on does not change the first k: k tokens cost N + k.
-    """                                                                         # FORK: another attention mask
+    """
+    # FORK: another attention mask
     def attend(q, k, v, scale):
         patches = F.scaled_dot_product_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], scale=scale)       # (B, nh, N, hd)
         mask = causal_lower_right(q.shape[2] - N, k.shape[2])
@@ -254,9 +255,11 @@ def sample_k(B, K, mode, generator=None):
     """How many tokens each training sample keeps: (B,) int64 in 1..K, on the CPU so that grouping by k needs no GPU sync.
 
     This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
-    dropout, arXiv 1402.0915; FlexTok Sec. 3.2). Modes: "uniform" over 1..K; "pow2" uniform over 1, 2, 4, ..., K (as much
-    training for 1 token as for 256); "uniform_pow2" uniform, then rounded up to a power of two.   # FORK: a k schedule
+    dropout, arXiv 1402.0915). Modes: "uniform" over 1..K; "pow2" uniform over 1, 2, 4, ..., K (as much
+    training for 1 token as for 256); "uniform_pow2" uniform, then rounded up to a power of two (half of the samples keep
+    all K). Raises ValueError for another mode.
     """
+    # FORK: another k schedule
     if mode == "uniform":
         return torch.randint(1, K + 1, (B,), generator=generator)
     if mode == "pow2":
@@ -389,7 +392,8 @@ class FlexTok(nn.Module):
     def __init__(self, config, vae):
         super().__init__()
         if config.latent_channels != vae.config.latent_channels:
-            raise ValueError(f"the tokenizer takes {config.latent_channels} latent channels, the VAE has {vae.config.latent_channels}")
+            raise ValueError(f"the tokenizer takes {config.latent_channels} latent channels, the VAE has "
+                             f"{vae.config.latent_channels}")
         self.config = config
         self.vae = vae.requires_grad_(False)
         self.encoder = Encoder(config)
@@ -456,14 +460,14 @@ class FlexTok(nn.Module):
         return self.vae.decode(latents)                                           # (B, 3, H, W)
 
     def codes_of(self, tokens):
-        """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded to the longest; k_keep (B,), or None if equal."""
+        """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded; k_keep (B,), or None if equal."""
         if not len(tokens):
             raise ValueError("no tokens to decode: the list is empty")
         device = self.decoder.mask_token.device
         rows = [torch.as_tensor(row, device=device) for row in tokens]
         for i, row in enumerate(rows):
             if row.is_floating_point() or row.dtype == torch.bool or row.dim() not in (1, 2) or row.dim() == 2 and len(row) != 1:
-                raise ValueError(f"image {i}: tokens of shape {list(row.shape)} and {row.dtype}, expected integers (1, k) or (k,)")
+                raise ValueError(f"image {i}: tokens are {row.dtype} of shape {list(row.shape)}, expected integers (1, k) or (k,)")
             rows[i] = row = row.reshape(-1).long()                                # (k_i,)
             if not 1 <= len(row) <= self.config.registers:
                 raise ValueError(f"image {i} has {len(row)} tokens, expected 1 to {self.config.registers}")
@@ -479,7 +483,7 @@ class FlexTok(nn.Module):
         if isinstance(sizes, int):
             return sizes, sizes
         if len(sizes) != B or any(isinstance(size, int) or tuple(size) != tuple(sizes[0]) for size in sizes):
-            raise ValueError(f"vae_image_sizes {sizes}: expected one (h, w) for each of {B} images, all equal; decode others apart")
+            raise ValueError(f"vae_image_sizes {sizes}: expected one (h, w) for each of {B} images, all equal")
         return tuple(sizes[0])
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):

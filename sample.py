@@ -196,7 +196,7 @@ def read_tokens(path, tokenizer):
         try:
             names, rows = zip(*((str(image["name"]), list(image["tokens"])) for image in content["images"]))
         except (KeyError, TypeError, ValueError):
-            raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}} with at least one image') from None
+            raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}, at least one image') from None
     if not rows:
         raise UserError(f"{path}: holds no images")
     K, V = tokenizer.config.registers, tokenizer.fsq.vocab_size

@@ -832,6 +832,24 @@ def test_official_velocities_come_out_for_every_mix_of_lengths_and_null_conditio
         assert (v - expected[f"dec.v.{case}"]).abs().max() < 1e-4, case
 
 
+@torch.no_grad()
+def test_official_block_outputs_come_out_one_by_one():
+    """Says in which block a difference begins. The decoder's are those of the case keep_5_2."""
+    tokenizer = load_official(f"{HERE}/golden/flextok_tiny")
+    expected, inside = (load_file(f"{HERE}/golden/flextok_tiny/{name}.safetensors") for name in ("expected", "intermediates"))
+    seen = {}
+    for part, trunk in (("enc", tokenizer.encoder), ("dec", tokenizer.decoder)):
+        trunk.blocks[0].register_forward_pre_hook(lambda _, inputs, part=part: seen.update({f"{part}.packed_in": inputs[0]}))
+        for i, block in enumerate(trunk.blocks):
+            block.register_forward_hook(lambda _, inputs, output, part=part, i=i: seen.update({f"{part}.block{i}.out": output}))
+    tokenizer.decoder.time_embed.register_forward_hook(lambda _, inputs, output: seen.update({"dec.temb": output}))
+    tokenizer.encoder(expected["latents_mode"])
+    tokenizer.decoder(expected["dec.x_t"], expected["dec.sigmas"], expected["fsq.quants_mode"], torch.tensor([5, 2]))
+    assert seen.keys() == inside.keys()
+    for name, want in inside.items():
+        assert (seen[name].flatten(0, -2) - want).abs().max() < 1e-4, name
+
+
 def test_official_samples_come_out_of_every_kind_of_guidance(golden):
     tokenizer, expected, info = golden
     for name, run in info["sampler_runs"].items():
