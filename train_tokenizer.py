@@ -99,6 +99,8 @@ PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batc
 # What makes a run of minutes use its tokens at all; each is explained in the README's FAQ, with the numbers
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5)
 PRESETS = {
+    # Two CPU cores: 15 minutes from nothing, stage 0 included (measured on one thread of a cloud CPU with AVX512-BF16). Held-out
+    # PSNR from 14.8 dB at k = 1 to 21.1 dB at k = 16
     "cpu": dict(SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
                 enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
                 autoencoder_share=0.4, nested_dropout="uniform_pow2",
