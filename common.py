@@ -279,13 +279,17 @@ def provenance():
 class StopRequest:
     """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads by `agreed`, so that it saves before it ends.
 
-    It takes over the signals for good: make it right before the loop.
+    It takes over the signals until `release`: make it right before the loop.
     """
 
     def __init__(self):
         self.requested = False
-        signal.signal(signal.SIGINT, self._ask)
-        signal.signal(signal.SIGTERM, self._ask)
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release(self):
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number, frame):
         if self.requested:  # the second time means now

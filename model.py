@@ -430,6 +430,7 @@ class FlexTok(nn.Module):
         Uses the mean of the VAE's posterior, so that it is repeatable; `sample_posterior=True` draws from it, as the
         official code does. Asking for k tokens costs less and gives the first k of all of them.
         """
+        images = images.to(self.decoder.mask_token.device)
         _, tokens = self.fsq(self.encoder(self.vae.latents(images, sample_posterior), k))
         return list(tokens.split(1))                                              # B x (1, k)
 

@@ -334,7 +334,7 @@ def main(config):
             (loss.mean() * micro / b).backward()
             pure = (t[part] == 1) & ~null[part].to(run.device, non_blocking=True)  # the tokens alone must carry these
             by_t = flow.loss_by_t(loss, t[part])
-            sums += torch.cat([by_t[0], (loss.detach() * pure).sum()[None]])         # (5,)
+            sums += torch.cat([by_t[0], (loss.detach() * pure).sum()[None]])      # (5,)
             counts += torch.cat([by_t[1], pure.sum()[None]])                      # (5,)
 
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
@@ -366,7 +366,9 @@ def main(config):
             if run.is_main:
                 save(done, metrics)
                 print(f"stopped after step {done}; go on with --resume")
-            return {}
+            metrics = {}
+            break
+    stop.release()
     return metrics
 
 

@@ -535,6 +535,7 @@ def main(config):
             since, logged = time.time(), step + 1
         if last:
             break
+    stop.release()
     return record
 
 
