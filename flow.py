@@ -8,7 +8,7 @@ Papers: rectified flow, arXiv 2209.03003; FlexTok, arXiv 2502.13967 (the same pa
 CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Not in the official code: Heun, the loss.
 A *velocity* below is a function (x (B, ...), t (1,)) -> v (B, ...): all images of a sampling batch share t.
 
-    python flow.py          # 30 s on a CPU: learns a 2-D spiral, writes out/flow.png                    Next: model.py
+    python flow.py          # 15 s on a CPU: learns a 2-D spiral, writes out/flow.png                    Next: model.py
 """
 import math
 

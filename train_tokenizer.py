@@ -96,7 +96,7 @@ class TrainConfig:
 # epochs of ImageNet. Time by arithmetic, not run: 0.58, 1.9 and 4.4 TFLOP per image, 40 % of an H100's peak.
 PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batch_size=2048, micro_batch=64, steps=100_000, lr=5.6e-4, warmup=8000, workers=12,
              sample_posterior=True)
-# What makes a run of minutes use its tokens at all; each is explained in the README's FAQ, with the numbers
+# What makes a run of minutes use its tokens at all: the README's FAQ has the reasons and what was measured
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5)
 PRESETS = {
     # Two CPU cores: 15 minutes from nothing, stage 0 included (measured on one thread of a cloud CPU with AVX512-BF16). Held-out
@@ -170,10 +170,11 @@ class CachedLatents:
         seconds = time.time()
         for start in range(0, len(store), 64):
             rows = range(start, min(start + 64, len(store)))
-            images = torch.stack([get_readable(self.dataset, row % n, np.random.default_rng((config.seed, row)))[0] for row in rows])
+            views = [get_readable(self.dataset, row % n, np.random.default_rng((config.seed, row)))[0] for row in rows]
             seed_step(config.seed, start, run)  # for draws from the posterior
             with autocast(run.device, config.precision):
-                latents = vae.latents(to_float(images.to(run.device)), config.sample_posterior)  # (64, C, h, w)
+                images = to_float(torch.stack(views).to(run.device))                  # (64, 3, H, W)
+                latents = vae.latents(images, config.sample_posterior)                # (64, C, h, w)
             store[start:start + len(rows)] = latents.float().cpu().numpy()
         store.flush()
         print(f"cached the latents of {len(store):,} views in {clock(time.time() - seconds)}: {store.nbytes / 2**20:.0f} MiB")

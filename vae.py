@@ -9,7 +9,7 @@ H = f·h with f = 2^(levels - 1). Paper: FlexTok, arXiv 2502.13967, uses the SD/
 with f = 8 and C = 4, 8 or 16. Same modules, same key names as diffusers' AutoencoderKL, so its directories load here and
 ours load there. Difference: we leave out the perceptual (LPIPS) loss, which needs a downloaded network.
 
-    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU core, 3.5 minutes: 28 dB
+    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU core, 2 minutes: 28 dB
     python vae.py --preset in1k --data /data/imagenet/train --out out/vae_in1k   # one GPU
     torchrun --nproc_per_node 8 vae.py --preset in1k --data ... --out ...        # eight
 
