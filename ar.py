@@ -260,42 +260,39 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
-        W, n = weight.to(dtype), len(targets)                                     # (V, D)
+        W, n, bias = weight.to(dtype), len(targets), None if bias is None else bias.to(dtype)     # (V, D)
         losses = torch.empty(n, device=hidden.device)
         d_hidden = torch.empty_like(hidden)                                       # (n, D)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)                  # (V, D)
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, n, chunk):
-                rows = slice(start, start + chunk)
+                rows, target = slice(start, start + chunk), targets[start:start + chunk, None]  # (chunk, 1)
                 h = hidden[rows].to(dtype)                                        # (chunk, D)
-                logits = (h @ W.T).float()                                        # (chunk, V)
-                if bias is not None:
-                    logits += bias
-                target = targets[rows, None]                                      # (chunk, 1)
-                top = logits.amax(1, keepdim=True)                                # (chunk, 1)
+                logits = F.linear(h, W, bias)                                     # (chunk, V)
+                top, at = logits.max(1, keepdim=True)                             # (chunk, 1) each
                 picked = logits.gather(1, target)                                 # (chunk, 1)
-                d = logits.sub_(top).exp_()                                       # (chunk, V), in the logits' own memory
-                total = d.sum(1, keepdim=True)                                    # (chunk, 1)
-                losses[rows] = (total.log() + top - picked)[:, 0]
-                d.div_(total * n)                                                 # softmax / n
-                d.scatter_add_(1, target, d.new_full(target.shape, -1 / n))       # (softmax - onehot) / n
-                if d_bias is not None:
-                    d_bias += d.sum(0)
-                d = d.to(dtype)
+                d = logits.softmax(1)  # (chunk, V); sums in float32 even where it writes bfloat16
+                # -log p(target) = logsumexp - picked, and logsumexp from the likeliest token, whose p cannot underflow
+                losses[rows] = (top.float() - d.gather(1, at).float().log() - picked.float())[:, 0]
+                d[torch.arange(len(h), device=h.device), target[:, 0]] -= 1       # softmax - onehot
+                if bias is not None:
+                    d_bias += d.sum(0, dtype=torch.float32)
                 d_hidden[rows] = (d @ W).to(hidden.dtype)
                 d_weight += d.T @ h
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype), d_bias)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.n, ctx.dtype = n, weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.mean(), losses
 
     @staticmethod
-    def backward(ctx, scale, _):
+    def backward(ctx, d_mean, _):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        return d_hidden * scale, d_weight * scale, None if d_bias is None else d_bias * scale, None, None
+        scale = d_mean / ctx.n
+        return d_hidden * scale, (d_weight * scale).to(ctx.dtype), None if d_bias is None else d_bias * scale, None, None
 
 
-def cross_entropy(hidden, weight, bias, targets, chunk=1024):
+def cross_entropy(hidden, weight, bias, targets, chunk=256):
     """hidden (n, D), weight (V, D), bias (V,) or None, targets (n,) -> mean loss in nats, and each one's (n,), without gradient.
 
     Equal to F.cross_entropy(F.linear(hidden, weight, bias), targets), value and gradients; memory for chunk·V logits.

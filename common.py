@@ -24,6 +24,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -133,6 +134,14 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def attention_kernel(device):
+    """Context that picks the kernel of attention in training: on a CPU the plain one, elsewhere torch's own choice.
+
+    torch 2.13's fused CPU kernel is slow backwards for short sequences: with it, a step of the cpu preset takes twice as long.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
 def has_native_bf16(device):
     """Whether bfloat16 products are done in hardware here, and not emulated (which is slower than float32)."""
     if device.type == "cuda":
@@ -238,6 +247,11 @@ def load_weights(module, tensors, path):
         if not torch.isfinite(x).all():
             raise UserError(f"{path}: tensor {name} holds NaN or infinite values")
     module.load_state_dict(tensors)
+
+
+def recommended_guidance(checkpoint):
+    """The guidance scale that config.json names under "sampling"; 7.5, the official default, if it does not."""
+    return read_json(os.path.join(checkpoint, "config.json")).get("sampling", {}).get("guidance_scale", 7.5)
 
 
 def save_resume(path, **state):
@@ -456,8 +470,8 @@ def psnr(images, reference):
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
-def save_grid(path, rows, header=(), scale=1):
-    """Write one PNG, a row for each entry of `rows`: a list of (3, H, W) tensors, or (B, 3, H, W), all in [-1, 1].
+def draw_grid(rows, header=(), scale=1):
+    """One PIL image, a row for each entry of `rows`: a list of (3, H, W) tensors, or (B, 3, H, W), all in [-1, 1].
 
     `header` puts a text over each column. Images under 128 pixels are enlarged by the next whole factor, each pixel a
     square, so that nothing is smoothed that the model left rough; `scale` enlarges everything further.
@@ -478,5 +492,17 @@ def save_grid(path, rows, header=(), scale=1):
         for x, image in enumerate(row):
             image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
             sheet.paste(image, (gap + x * (width + gap), gap + top + y * (height + gap)))
+    return sheet
+
+
+def save_grid(path, rows, header=(), scale=1):
+    """Write the picture that `draw_grid` draws as a PNG."""
     with replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")  # the temporary name's ending says nothing
+        draw_grid(rows, header, scale).save(temporary, format="PNG")  # the temporary name's ending says nothing
+
+
+def save_animation(path, frames, milliseconds):
+    """Write PIL images of one size as an animated WebP or GIF, by the ending of `path`; the last one stays for two seconds."""
+    with replacing(path) as temporary:
+        frames[0].save(temporary, format="WEBP" if path.endswith(".webp") else "GIF", save_all=True, append_images=frames[1:],
+                       duration=[milliseconds] * (len(frames) - 1) + [2000], loop=0)

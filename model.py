@@ -11,6 +11,7 @@ D width, nh hd heads and head size.
 
     python model.py         # prints who attends to whom, the shapes, and the sizes of d12-d12         Next: train_tokenizer.py
 """
+import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -486,6 +487,14 @@ class FlexTok(nn.Module):
         if len(sizes) != B or any(isinstance(size, int) or tuple(size) != tuple(sizes[0]) for size in sizes):
             raise ValueError(f"vae_image_sizes {sizes}: expected one (h, w) for each of {B} images, all equal")
         return tuple(sizes[0])
+
+    def fingerprint(self):
+        """A hash of all that decides an image's tokens, so that a prior is never used with another tokenizer's."""
+        digest = hashlib.sha256(repr(self.fsq.levels).encode())
+        for module in (self.vae, self.encoder):
+            for tensor in module.state_dict().values():
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""

@@ -1,7 +1,9 @@
 """
-Use a trained tokenizer from the command line: rebuild images from few tokens, write tokens to a file, turn them back.
+Use trained models from the command line: rebuild images from few tokens, generate new ones, write tokens to a file and back.
 
-    python sample.py                                            # 8 held-out emoji from 1, 2, 4, ... tokens: out/reconstruct.png
+    python sample.py                                            # out/reconstruct.png: held-out emoji; out/generate.png: new ones
+    python sample.py generate --text "red heart" --n 4          # a sentence; or --label food-and-drink, or --label 3
+    python sample.py generate --label 5 --stream                # out/generate.webp: the image sharpens as tokens arrive
     python sample.py reconstruct a.jpg photos/ --n 4            # your images: any size, the centre is cut out
     python sample.py encode a.jpg b.png --k 16 --out tokens.json      # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
@@ -16,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common import (UserError, command, fit, from_cli, pick_device, psnr, read_image, read_json, replacing, save_grid, to_image,
+from ar import GPT
+from common import (UserError, command, draw_grid, fit, from_cli, pick_device, psnr, read_image, read_json, recommended_guidance, replacing,
+                    save_animation, save_grid, to_image,
                     to_tensor, write_json)
 from data import Emoji, list_files, spread
 from model import FlexTok, powers_of_two
@@ -26,7 +30,7 @@ SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "em
 
 @dataclass
 class Reconstruct:
-    """Rebuild images from 1, 2, 4, ... tokens. Commands: reconstruct (the default), encode, decode; each has its --help."""
+    """Rebuild images from 1, 2, 4, ... tokens. Commands: reconstruct (the default), generate, encode, decode; each has its --help."""
     paths: tuple = ()                # images and folders; none: held-out emoji
     out: str = "out/reconstruct.png"  # the picture to write
     n: int = 8                       # at most this many images
@@ -35,6 +39,27 @@ class Reconstruct:
     guidance_scale: float = 0.0      # 1.0: none; 0.0: what the checkpoint recommends
     seed: int = 0                    # of the sampler's noise
     checkpoint: str = SHIPPED        # directory of a tokenizer
+    device: str = "auto"             # auto, cpu, cuda, mps
+
+
+@dataclass
+class Generate:
+    """Write new images with the prior: from a class, from a sentence, or one of each class."""
+    out: str = "out/generate.png"    # the picture to write; with --stream a .webp or .gif
+    label: str = ""                  # class to draw, its number or its name
+    text: str = ""                   # sentence to draw
+    n: int = 8                       # how many images
+    k: int = 0                       # tokens to write; 0: all
+    cfg_scale: float = 0.0           # guidance of the prior; 1.0: none; 0.0: what the prior recommends
+    temperature: float = 1.0         # below 1.0: more typical, less varied; 0.0: always the likeliest token
+    top_k: int = 0                   # choose among this many likeliest tokens; 0: all
+    top_p: float = 0.0               # choose among the likeliest that together reach this probability; 0.0: all
+    timesteps: int = 25              # steps of the flow sampler
+    guidance_scale: float = 0.0      # guidance of the decoder; 1.0: none; 0.0: what the checkpoint recommends
+    seed: int = 0                    # of the tokens and of the sampler's noise
+    stream: bool = False             # write an animation, one frame per token
+    checkpoint: str = SHIPPED        # directory of a tokenizer
+    prior: str = os.path.join(SHIPPED, "prior")  # directory of a prior trained on its tokens
     device: str = "auto"             # auto, cpu, cuda, mps
 
 
@@ -81,6 +106,58 @@ def reconstruct(config):
         columns.append(sample(tokenizer, [row[:, :k] for row in tokens], config))
         print(f"k = {k:3d}: {psnr(columns[-1], images).mean():.2f} dB")
     write_rows(config.out, columns, ["original", *(f"k={k}" for k in ks)])
+
+
+def generate(config):
+    """Write the grid: a row per new image, a column for its first 1, 2, 4, ... tokens; or, with --stream, the animation."""
+    check_sampling(config)
+    out = os.path.splitext(config.out)[0] + ".webp" if config.stream and config.out == Generate.out else config.out
+    endings = (".webp", ".gif") if config.stream else (".png",)
+    if not out.endswith(endings):
+        raise UserError(f"--out {out}: expected a name that ends in {' or '.join(endings)}")
+    for name, value, least in (("n", config.n, 1), ("temperature", config.temperature, 0), ("top_k", config.top_k, 0)):
+        if value < least:
+            raise UserError(f"--{name} {value}: expected at least {least}")
+    if not 0 <= config.top_p <= 1:
+        raise UserError(f"--top_p {config.top_p}: expected 0 to 1")
+    tokenizer, gpt = load(config), GPT.from_pretrained(config.prior, device=pick_device(config.device))
+    made_by = read_json(os.path.join(config.prior, "config.json"))
+    if made_by.get("tokenizer") != tokenizer.fingerprint():
+        raise UserError(f"{config.prior}: was trained on the tokens of another tokenizer than {config.checkpoint}")
+    k = config.k or gpt.config.length
+    if not 1 <= k <= gpt.config.length:
+        raise UserError(f"--k {k}: this prior writes 1 to {gpt.config.length} tokens")
+    labels, captions = conditions(config, gpt, made_by.get("classes", []))
+    text, mask = gpt.encode_text(captions) if captions else (None, None)
+    writing = gpt.generate(labels, text, mask, k=k, cfg_scale=config.cfg_scale or gpt.config.cfg_scale, temperature=config.temperature,
+                           top_k=config.top_k, top_p=config.top_p, generator=torch.Generator().manual_seed(config.seed), n=config.n,
+                           stream=True)
+    if config.stream:
+        frames = [draw_grid(sample(tokenizer, list(tokens), config).split(4)) for tokens in writing]
+        save_animation(out, frames, milliseconds=max(60, 6000 // k))
+        return print(f"wrote {out}")
+    tokens = list(writing)[-1]                                                    # (n, k)
+    ks = powers_of_two(k)
+    write_rows(out, [sample(tokenizer, list(tokens[:, :k]), config) for k in ks], [f"k={k}" for k in ks])
+
+
+def conditions(config, gpt, classes):
+    """--label and --text -> labels (n,) or None, n captions or None. With neither, the classes take turns, if there are any."""
+    if config.text and not gpt.config.text_width:
+        raise UserError(f"--text: {config.prior} was not trained on captions")
+    if config.text and gpt.text_encoder is None:
+        raise UserError(f"--text: {config.prior} needs the states of a text encoder that it does not hold; use GPT.generate")
+    if config.label and not gpt.config.classes:
+        raise UserError(f"--label {config.label}: {config.prior} was not trained on classes")
+    captions = [config.text] * config.n if config.text else None
+    device = pick_device(config.device)
+    if not config.label:
+        turns = torch.arange(config.n, device=device) % max(1, gpt.config.classes)  # (n,)
+        return turns if gpt.config.classes and not captions else None, captions
+    number = classes.index(config.label) if config.label in classes else int(config.label) if config.label.isdecimal() else -1
+    if not 0 <= number < gpt.config.classes:
+        raise UserError(f"--label {config.label}: expected 0 to {gpt.config.classes - 1}" + (f", or {', '.join(classes)}" if classes else ""))
+    return torch.full((config.n,), number, device=device), captions               # (n,)
 
 
 def encode(config):
@@ -136,11 +213,6 @@ def sample(tokenizer, tokens, config):
     """List of tokens -> images (B, 3, H, W) by the sampler settings of the command line."""
     scale = config.guidance_scale or recommended_guidance(config.checkpoint)
     return tokenizer.detokenize(tokens, config.timesteps, scale, generator=torch.Generator().manual_seed(config.seed))
-
-
-def recommended_guidance(checkpoint):
-    """The guidance scale that config.json names under "sampling"; 7.5, the official default, if it does not."""
-    return read_json(os.path.join(checkpoint, "config.json")).get("sampling", {}).get("guidance_scale", 7.5)
 
 
 def check_sampling(config):
@@ -221,13 +293,16 @@ def save_image(path, image):
         to_image(image).save(temporary, format="PNG")
 
 
-COMMANDS = {"reconstruct": (reconstruct, Reconstruct), "encode": (encode, Encode), "decode": (decode, Decode)}
+COMMANDS = {"reconstruct": (reconstruct, Reconstruct), "generate": (generate, Generate), "encode": (encode, Encode), "decode": (decode, Decode)}
 
 
 def main(argv):
-    name = argv[0] if argv and argv[0] in COMMANDS else "reconstruct"
+    if not argv:
+        reconstruct(Reconstruct())
+        return generate(Generate())
+    name = argv[0] if argv[0] in COMMANDS else "reconstruct"
     run, Config = COMMANDS[name]
-    run(from_cli(Config, argv=argv[1:] if argv and argv[0] in COMMANDS else argv, positional="paths"))
+    run(from_cli(Config, argv=argv[1:] if argv[0] in COMMANDS else argv, positional="paths"))
 
 
 if __name__ == "__main__":

@@ -17,19 +17,18 @@ Times and expected numbers: README.md.                                          
 import hashlib
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 import flow
 import vae as stage0
-from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, from_cli, init_distributed, learning_rate,
-                    load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid, save_resume, seed_step, to_float, write_json)
+from common import (Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command, from_cli,
+                    init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid,
+                    save_resume, seed_step, to_float, write_json)
 from data import batches, get_readable, open_data, spread
 from fsq import FSQ
 from model import Attention, FlexTok, TokenizerConfig, powers_of_two, sample_k
@@ -414,14 +413,6 @@ def train_vae(config, run):
     if not done() and run.is_main:
         print("stopped within stage 0, the VAE; give the same command again to go on")
     return out if done() else ""
-
-
-def attention_kernel(device):
-    """Context that picks the kernel of attention: on a CPU the plain one, elsewhere torch's own choice.
-
-    torch 2.13's fused CPU kernel is slow backwards for short sequences: with it, a step of the cpu preset takes twice as long.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def encode(vae, images, micro, config, run):

@@ -1,0 +1,459 @@
+"""
+Train the prior: a GPT that writes the tokens of a trained tokenizer, by class and by caption (stage 2).
+
+    images --tokenizer, once--> tokens.npy (n·views, K) --GPT--> how likely is each token, given those before it
+                                labels, captions ------------>   loss = -log p(token)
+
+Paper: FlexTok, arXiv 2502.13967, section 3.3. Differences: no dropout inside the network; captions are read by a small byte
+encoder that is trained along, not by a frozen T5; runs of minutes share what FSQ's digits share (`SharedDigits`).
+
+    python train_ar.py --preset cpu                                              # after train_tokenizer.py --preset cpu
+    python train_ar.py --preset emoji64-cpu
+    torchrun --nproc_per_node 8 train_ar.py --preset 201M --data /data/imagenet/train --tokenizer out/d18-d28
+
+Writes out/<run>/: tokens.npy, config.json, model.safetensors (EMA weights: what sample.py reads), resume.pt, log.jsonl, pictures.
+Times and expected numbers: README.md.                                                        Next: sample.py generate
+"""
+import copy
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from ar import GPT, SIZES, GPTConfig
+from common import (Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command, from_cli,
+                    init_distributed, learning_rate, load_resume, make_ema, provenance, read_json, recommended_guidance, replacing,
+                    save_grid, save_resume, seed_step, to_float, write_json)
+from data import Shapes, batches, get_readable, open_data
+from fsq import FSQ
+from model import FlexTok, powers_of_two
+from text import CaptionConfig, CaptionEncoder
+
+
+@dataclass
+class ARConfig:
+    """Train a prior over the tokens of a trained tokenizer (stage 2)."""
+    # data
+    data: str = "emoji"                  # emoji, shapes, or a folder of images
+    tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
+    tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
+    views: int = 10                      # augmented versions of each image; of the drawn shapes, that many more scenes
+    out: str = "out/prior"               # the run's directory
+    workers: int = 0                     # processes that load tokens, per GPU
+    # model
+    condition: tuple = ("class", "text")  # what it can be asked for: class, text, both, or none
+    length: int = 0                      # tokens per image, the first ones; 0: all the tokenizer has
+    width: int = 768
+    depth: int = 12
+    head_dim: int = 64                   # size of an attention head
+    caption_width: int = 128             # of the caption encoder
+    caption_depth: int = 2               # of the caption encoder
+    caption_bytes: int = 128             # longer captions are cut
+    share_digits: bool = False           # learn what FSQ's digits share, beside every token's own vector; for short runs
+    # method
+    condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
+    # optimisation
+    steps: int = 100_000                 # optimizer steps
+    batch_size: int = 256                # images per step over all processes and micro-batches
+    micro_batch: int = 0                 # images per forward pass and process; 0: all at once
+    lr: float = 6e-4                     # peak learning rate
+    mup_base_width: int = 0              # muP: matrices learn at lr·base/width, so that lr can be tuned at this width; 0: off
+    warmup: int = 1000                   # steps
+    beta2: float = 0.95                  # of AdamW; beta1 is 0.9
+    weight_decay: float = 0.05           # of AdamW, on matrices only
+    grad_clip: float = 1.0               # largest gradient norm
+    ema_decay: float = 0.9999            # decay of the averaged weights
+    # running
+    seed: int = 0                        # of the weights, the data order and the dropped conditions
+    device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"              # auto, bf16 or fp32
+    log_every: int = 100                 # steps
+    eval_every: int = 5000               # steps; also saves
+    eval_images: int = 256               # held-out images whose tokens are scored
+    eval_cfg_scale: float = 1.5          # guidance of the sample grid, and what sample.py uses unless told otherwise
+    resume: bool = False                 # continue the run in --out
+    stop_at: int = 0                     # save and end before this step, as if interrupted; 0: never
+
+
+# As transcribed from the paper by others (README): batch 1024, 300 epochs of ImageNet in 375k steps, 30 of them warm-up; the
+# peak learning rate is known for 49M only
+PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("class",), views=10, batch_size=1024, micro_batch=64,
+             steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
+PRESETS = {
+    # Two CPU cores, on the tokenizer of train_tokenizer.py --preset cpu
+    "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=4, width=128, depth=4, head_dim=32, caption_width=64,
+                share_digits=True, steps=1200, batch_size=64, lr=2e-3, warmup=60, ema_decay=0.99, weight_decay=0.05,
+                log_every=50, eval_every=600),
+    # Two CPU cores, on the shipped tokenizer
+    "emoji64-cpu": dict(data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=20, width=192, depth=4, head_dim=48,
+                        share_digits=True, steps=2000, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.995, weight_decay=0.05,
+                        eval_every=1000),
+    # One GPU: meant for minutes on one; not run here, so neither time nor quality is known
+    "emoji64": dict(data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior-gpu", views=64, width=384, depth=6,
+                    share_digits=True, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+    **{name: dict(PAPER, width=width, depth=depth, out=f"out/prior-{name}") for name, (width, depth) in SIZES.items()},
+}
+RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "eval_cfg_scale", "resume", "stop_at",
+              "micro_batch", "tokens")  # may differ when a run is resumed
+GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are logged apart: where are the bits?
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokens, made once
+
+
+class TokenSet:
+    """Tokens of `views` augmented versions of every image: a data set like data.py's, whose "images" are tokens (K,) int64.
+
+    They lie in one .npy file (n·views, K), uint16 or uint32, memory-mapped; beside it a .json with the labels, the captions,
+    how far it has got, and the fingerprint of the tokenizer that made them. Raises UserError if another one did.
+    """
+
+    def __init__(self, path, tokenizer, dataset, config, run):
+        n, K = len(dataset), tokenizer.config.registers
+        views = 1 if isinstance(dataset, Shapes) else config.views
+        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "images": n, "views": views, "seed": config.seed}
+        done = 0
+        if os.path.exists(path + ".json"):
+            known = read_json(path + ".json")
+            for name, value in made_by.items():
+                if known.get(name) != value:
+                    raise UserError(f"{path}: its tokens were made with another {name} ({known.get(name)}, expected {value}); "
+                                    f"name another file with --tokens, or delete it and {path}.json")
+            done = known["done"]
+        else:
+            known = {**made_by, "done": 0, "classes": dataset.classes, "labels": [dataset.label(i) for i in range(n)],
+                     "captions": [dataset.caption(i) for i in range(n)]}
+        if done < n * views:
+            self._fill(path, known, tokenizer, dataset, n * views, config, run)
+        self.tokens = np.load(path, mmap_mode="r")                                # (n·views, K)
+        if self.tokens.shape != (n * views, K):
+            raise UserError(f"{path}: holds {self.tokens.shape} tokens, expected {(n * views, K)}; delete it and {path}.json")
+        self.n, self.views, self.classes = n, views, known["classes"]
+        self.labels, self.captions = known["labels"], known["captions"]
+
+    def _fill(self, path, known, tokenizer, dataset, rows, config, run):
+        """Tokenise what is missing; each process every world-th part of 64 rows. What is done survives an interruption."""
+        kind, K = np.uint16 if tokenizer.fsq.vocab_size <= 2**16 else np.uint32, tokenizer.config.registers
+        if run.is_main and known["done"] == 0:
+            with replacing(path) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", kind, (rows, K)).flush()
+        if run.world > 1:
+            dist.barrier()  # the file is there
+        store, seconds, last = np.lib.format.open_memmap(path, "r+"), time.time(), known["done"]
+        slab = 64 * run.world
+        for start in range(known["done"], rows, slab):
+            mine = range(start + 64 * run.rank, min(start + 64 * (run.rank + 1), rows))
+            if mine:
+                images = torch.stack([get_readable(dataset, row % len(dataset), np.random.default_rng((config.seed, row)))[0]
+                                      for row in mine])                           # (64, 3, H, W) uint8
+                tokens = tokenizer.tokenize(to_float(images.to(run.device)))      # 64 x (1, K)
+                store[mine.start:mine.stop] = torch.cat(tokens).cpu().numpy()
+            end = min(start + slab, rows)
+            if end - last >= 16 * slab or end == rows:
+                store.flush()
+                if run.world > 1:
+                    dist.barrier()  # all have written up to here
+                if run.is_main:
+                    write_json(path + ".json", {**known, "done": end})
+                last = end
+        if run.is_main:
+            print(f"tokenised {rows - known['done']:,} views in {clock(time.time() - seconds)}")
+
+    def __len__(self):
+        return self.n
+
+    def label(self, i):
+        return self.labels[i]
+
+    def get(self, i, rng):
+        row = int(rng.integers(self.views)) * self.n + i
+        return torch.from_numpy(self.tokens[row].astype(np.int64))                # (K,)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model
+
+
+class SharedDigits(nn.Module):
+    """A (V, D) matrix plus, for each of a token's FSQ digits, a vector that all tokens with this digit share.
+
+    64,000 tokens are too many to meet each of them in a run of minutes; but they are numbers of 6 digits, and neighbours
+    mean about the same. What is learned about a digit is learned for the thousands of tokens that have it. This is a way to
+    train, not another model: the sum is again a (V, D) matrix, and that is what is saved.
+    """
+
+    def __init__(self, levels, width):
+        super().__init__()
+        fsq = FSQ(levels)
+        digits = torch.arange(fsq.vocab_size)[:, None] // fsq.basis % fsq.level_counts  # (V, L)
+        one_hot = torch.cat([nn.functional.one_hot(column, n) for column, n in zip(digits.T, levels)], 1).float()
+        self.register_buffer("one_hot", one_hot, persistent=False)                # (V, sum of levels)
+        self.shared = nn.Parameter(torch.zeros(sum(levels), width))
+
+    def forward(self, weight):
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + self.one_hot @ self.shared                            # (V, D)
+
+
+def build_prior(config, tokenizer, classes):
+    """A new GPT for the tokens of `tokenizer`."""
+    text = CaptionEncoder(CaptionConfig(config.caption_width, config.caption_depth, max_bytes=config.caption_bytes)) \
+        if "text" in config.condition else None
+    gpt = GPT(GPTConfig(
+        vocab_size=tokenizer.fsq.vocab_size, length=config.length or tokenizer.config.registers, width=config.width, depth=config.depth,
+        head_dim=config.head_dim, classes=classes if "class" in config.condition else 0,
+        text_width=config.caption_width if text else 0, cfg_scale=config.eval_cfg_scale), text)
+    if config.share_digits:
+        for layer in (gpt.preprocessor.embedding, gpt.head.linear):
+            parametrize.register_parametrization(layer, "weight", SharedDigits(tokenizer.config.levels, config.width))
+        nn.init.normal_(gpt.preprocessor.embedding.parametrizations.weight[0].shared, std=0.3)
+    return gpt
+
+
+def folded(gpt):
+    """A copy without `SharedDigits`: the sums have become the weights."""
+    tensors = {name: x for name, x in gpt.state_dict().items() if ".parametrizations." not in name}
+    for name, layer in gpt.named_modules():
+        if parametrize.is_parametrized(layer):
+            tensors[f"{name}.weight"] = layer.weight.detach()                     # (V, D)
+    plain = GPT(gpt.config, copy.deepcopy(gpt.text_encoder))
+    plain.load_state_dict(tensors)
+    return plain.to(gpt.head.linear.weight.device)
+
+
+class Loss(nn.Module):
+    """The training pass as one module, which is what DistributedDataParallel wants to wrap."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, tokens, labels, captions):
+        """tokens (b, T), labels (b,) or None, captions: a list of b, or None -> mean loss, losses (b, T) without gradient."""
+        text, mask = self.gpt.encode_text(captions) if captions is not None else (None, None)
+        return self.gpt.loss(tokens, labels, text, mask)
+
+
+def drop_conditions(config, labels, captions, step, run):
+    """Labels (b,) and captions of this process -> the same, some of them taken away: -1 and "". None: not a condition at all.
+
+    Drawn for the global batch from (seed, step) alone. With class and text a sample keeps either or both, so that each will
+    do alone; `condition_dropout` of all samples keep none.
+    """
+    b = len(labels)
+    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    dropped = torch.rand(b * run.world, generator=generator) < config.condition_dropout   # (B,)
+    which = torch.randint(3, (b * run.world,), generator=generator)                # (B,): 0 text only, 1 class only, 2 both
+    mine = slice(run.rank * b, (run.rank + 1) * b)
+    both = len(config.condition) == 2
+    no_class, no_text = (dropped | both & (which == w) for w in (0, 1))            # (B,) each
+    labels = torch.where(no_class[mine], -1, labels) if "class" in config.condition else None
+    captions = ["" if no else caption for no, caption in zip(no_text[mine], captions)] if "text" in config.condition else None
+    return labels, captions
+
+
+def parameter_groups(model, config):
+    """AdamW's groups: matrices decay, vectors and embeddings do not. With muP, matrices learn more slowly the wider they are.
+
+    muP (arXiv 2203.03466) for Adam: a matrix whose inputs grow with the width learns at lr·base/width. The head is such a
+    matrix; its multiplier base/width of the readout is the same thing here, because it begins at zero and Adam's steps do not
+    depend on the size of the gradient. Embeddings, norms and vectors keep lr. Checked for width alone, not for depth.
+    """
+    def is_matrix(name, p):
+        return p.dim() == 2 and not any(word in name for word in ("embedding", "positions"))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    slow = config.mup_base_width / config.width if config.mup_base_width else 1.0
+    return [{"params": [p for name, p in named if is_matrix(name, p)], "weight_decay": config.weight_decay, "lr_scale": slow},
+            {"params": [p for name, p in named if not is_matrix(name, p)], "weight_decay": 0.0, "lr_scale": 1.0}]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def by_position(losses):
+    """Losses (b, T) -> sums and counts per group of positions (1, 2-8, 9-64, 65-), each (4,)."""
+    parts = [losses[:, start:end] for start, end in GROUPS]
+    return (torch.stack([part.sum() for part in parts]),
+            torch.tensor([part.numel() for part in parts], device=losses.device, dtype=losses.dtype))
+
+
+@torch.no_grad()
+def evaluate(gpt, tokenizer, held_out, config, path, run):
+    """Score held-out tokens with all their conditions, and draw samples from 1, 2, 4, ... tokens into a picture."""
+    tokens, labels, captions = held_out
+    sums, counts = torch.zeros(4, device=run.device), torch.zeros(4, device=run.device)
+    for start in range(0, len(tokens), 64):
+        part = slice(start, start + 64)
+        with autocast(run.device, config.precision):
+            _, losses = Loss(gpt)(tokens[part].to(run.device), labels[part].to(run.device) if "class" in config.condition else None,
+                                  captions[part] if "text" in config.condition else None)
+        s, c = by_position(losses)                                                # (4,) each
+        sums, counts = sums + s, counts + c
+    picked = [i * len(tokens) // 8 for i in range(8)]
+    wanted, words = labels[picked].to(run.device), [captions[i] for i in picked]
+    text, mask = gpt.encode_text(words) if "text" in config.condition else (None, None)
+    drawn = gpt.generate(wanted if "class" in config.condition else None, text, mask, cfg_scale=config.eval_cfg_scale, n=8,
+                         generator=torch.Generator().manual_seed(0))              # (8, T)
+    columns = [tokenizer.detokenize(list(row[None, :k] for row in drawn), generator=torch.Generator().manual_seed(0),
+                                    guidance_scale=recommended_guidance(config.tokenizer)) for k in powers_of_two(drawn.shape[1])]
+    save_grid(path, [[column[i].clamp(-1, 1).cpu() for column in columns] for i in range(8)],
+              [f"k={k}" for k in powers_of_two(drawn.shape[1])])
+    return {"held_out": (sums.sum() / counts.sum()).item(),
+            "held_out_by_position": [s / c if c else None for s, c in zip(sums.tolist(), counts.tolist())]}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def main(config):
+    """Train; returns the last evaluation's metrics. A stopped run (Ctrl-C, SIGTERM, --stop_at) returns {} after saving."""
+    # ---- distributed ------------------------------------------------------------------------------------------
+    run = init_distributed(config.device)
+    check(config, run)
+    resume_path, config_path = (os.path.join(config.out, name) for name in ("resume.pt", "config.json"))
+    claim_directory(config, read_json(config_path).get("train") if os.path.exists(resume_path) else None, RUN_FIELDS, run)
+    b = config.batch_size // run.world  # images of this process per step
+    micro = config.micro_batch or b     # images of one forward pass
+
+    # ---- data -------------------------------------------------------------------------------------------------
+    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=run.device)
+    dataset, held_out = (open_data(config.data, max(tokenizer.image_size), split, augment=split == "train", seed=config.seed)
+                         for split in ("train", "held_out"))
+    if isinstance(dataset, Shapes):
+        dataset.length *= config.views  # endless: other scenes instead of other views of the same
+    T = config.length or tokenizer.config.registers
+    dataset = TokenSet(config.tokens or os.path.join(config.out, "tokens.npy"), tokenizer, dataset, config, run)
+    held_out = tokens_of(held_out, tokenizer, config.eval_images, T)
+    stream_of = lambda start: batches(dataset, config.batch_size, config.seed, run, start, config.workers)  # noqa: E731
+
+    # ---- model ------------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    raw = build_prior(config, tokenizer, len(dataset.classes)).to(run.device)
+    ema = make_ema(raw, config.ema_decay)
+    model = Loss(raw)
+    if run.world > 1:
+        model = DistributedDataParallel(model)
+
+    # ---- optimizer --------------------------------------------------------------------------------------------
+    trainable = [p for p in raw.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(raw, config), lr=config.lr, betas=(0.9, config.beta2), fused=True)
+
+    # ---- resume -----------------------------------------------------------------------------------------------
+    start = 0
+    if config.resume:
+        state = load_resume(resume_path)
+        raw.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        del state  # or a second copy of everything stays in memory
+    stream, log = stream_of(start), Log(config.out, run, start)
+    if run.is_main:
+        print(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; {len(dataset.tokens):,} x {T} tokens; batch "
+              f"{config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
+
+    def save(step, metrics):
+        folded(ema.module).save_pretrained(config.out, train=asdict(config), classes=dataset.classes, step=step, metrics=metrics,
+                                           tokenizer=tokenizer.fingerprint(), **provenance())
+        save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+
+    # ---- loop -------------------------------------------------------------------------------------------------
+    stop = StopRequest()
+    metrics, seconds, logged = {}, time.time(), start
+    sums, counts = torch.zeros(4, device=run.device), torch.zeros(4, device=run.device)
+    for step in range(start, config.steps):
+        lr = learning_rate(step, config.lr, config.warmup, config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        seed_step(config.seed, step, run)
+        tokens, labels, indices = next(stream)                                    # (b, K), (b,), (b,)
+        tokens = tokens[:, :T].to(run.device, non_blocking=True)                  # (b, T)
+        labels, captions = drop_conditions(config, labels, [dataset.captions[i] for i in indices.tolist()], step, run)
+        labels = None if labels is None else labels.to(run.device, non_blocking=True)
+
+        for i in range(0, b, micro):
+            part = slice(i, i + micro)
+            model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
+            with autocast(run.device, config.precision), attention_kernel(run.device):
+                loss, losses = model(tokens[part], None if labels is None else labels[part],
+                                     None if captions is None else captions[part])  # (), (micro, T)
+            # FORK: another objective
+            (loss * micro / b).backward()
+            s, c = by_position(losses)                                            # (4,) each
+            sums, counts = sums + s, counts + c
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update_parameters(raw)
+
+        done = step + 1
+        stopping = done == config.stop_at or stop.agreed(run)
+        evaluating = done % config.eval_every == 0 or done == config.steps
+        if (evaluating or stopping) and not loss.isfinite():
+            raise UserError(f"the loss is no longer finite at step {step}; the last checkpoint stands, try a lower --lr than {config.lr}")
+        if done % config.log_every == 0 or done == config.steps:
+            if run.world > 1:
+                dist.all_reduce(sums), dist.all_reduce(counts)
+            rate = (done - logged) / (time.time() - seconds)
+            log(step=step, loss=(sums.sum() / counts.sum()).item(),
+                loss_by_position=[s / c if c else None for s, c in zip(sums.tolist(), counts.tolist())], lr=lr,
+                grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
+            seconds, logged = time.time(), done
+            sums.zero_(), counts.zero_()
+        if evaluating and run.is_main:
+            plain = folded(ema.module).eval()
+            metrics = evaluate(plain, tokenizer, held_out, config, os.path.join(config.out, f"step{done:07d}.png"), run)
+            log(step=step, **metrics)
+            save(done, metrics)
+            seconds, logged = time.time(), done  # evaluation does not count as training time
+        if stopping:
+            if run.is_main:
+                save(done, metrics)
+                print(f"stopped after step {done}; go on with --resume")
+            metrics = {}
+            break
+    stop.release()
+    return metrics
+
+
+def tokens_of(dataset, tokenizer, count, T):
+    """The first T tokens of `count` images spread over a data set (n, T), their labels (n,), and their captions."""
+    n = min(count, len(dataset))
+    picked = [i * len(dataset) // n for i in range(n)]
+    images = to_float(torch.stack([get_readable(dataset, i, np.random.default_rng(0))[0] for i in picked]))  # (n, 3, H, W)
+    tokens = torch.cat([row for part in images.split(64) for row in tokenizer.tokenize(part, k=T)]).cpu()    # (n, T)
+    return tokens, torch.tensor([dataset.label(i) for i in picked]), [dataset.caption(i) for i in picked]
+
+
+def check(config, run):
+    """Raise UserError for settings that cannot work, before anything is trained or written."""
+    for name in ("steps", "batch_size", "log_every", "eval_every", "eval_images", "warmup", "views", "width", "depth", "head_dim"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: expected 0 or more")
+    if not set(config.condition) <= {"class", "text"} and config.condition != ("none",):
+        raise UserError(f"--condition {' '.join(config.condition)}: expected class, text, both, or none")
+    if config.batch_size % (run.world * max(1, config.micro_batch)):
+        raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x "
+                        f"{max(1, config.micro_batch)}")
+    if config.width % config.head_dim:
+        raise UserError(f"--width {config.width}: expected a multiple of --head_dim {config.head_dim}")
+    tokenizer = read_json(os.path.join(config.tokenizer, "config.json")).get("tokenizer", {})
+    if config.length > tokenizer.get("registers", config.length):
+        raise UserError(f"--length {config.length}: {config.tokenizer} has {tokenizer['registers']} tokens per image")
+    autocast(run.device, config.precision)
+
+
+if __name__ == "__main__":
+    command(main, from_cli(ARConfig, PRESETS))
