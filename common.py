@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -200,44 +200,73 @@ def read_json(path):
             return json.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of thousands of digits
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def save_tensors(path, tensors, dtype=torch.float32, keep=()):
-    """Write a state dict as safetensors, atomically: floating-point tensors in `dtype`, but for those named in `keep`."""
-    tensors = {name: x.detach().to("cpu", dtype if x.is_floating_point() and name not in keep else None).contiguous()
-               for name, x in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})  # older loaders insist on this
+STORED_AS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+             torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+
+
+def save_tensors(path, tensors, dtype=torch.float32, keep=(), metadata={"format": "pt"}):
+    """Write a state dict as safetensors, atomically: floating-point tensors in `dtype`, but for those named in `keep`.
+
+    dtype=None writes all of them as they are. metadata: texts for the file's header; older loaders insist on this default.
+    One tensor at a time: safetensors' own save_file holds a second copy of all of them in memory.
+    """
+    kinds = {name: dtype if dtype and x.is_floating_point() and name not in keep else x.dtype for name, x in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide types first: every tensor stays aligned
+    header, end = {"__metadata__": metadata}, 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": STORED_AS[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(tensors[name].detach().to("cpu", kinds[name]).contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,)
 
 
 def load_tensors(path):
-    """Read a safetensors file, {name: tensor}. Raises `UserError` if it is missing or damaged."""
+    """Open a safetensors file, {name: tensor}. The tensors are mapped from the file: its bytes are read when they are used.
+
+    Raises `UserError` if it is missing or damaged.
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({error})") from None
 
 
-def load_weights(module, tensors, path):
-    """Copy `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`."""
+def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=(), called={}):
+    """Put `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`.
+
+    They take the place of the module's own, which may therefore be on "meta", without memory. A tensor that already has the
+    right type and device stays mapped from the file. dtype: None is as stored; tensors named in `keep` become float32
+    otherwise. called: {name: its name in the file} where that differs, for the errors.
+    """
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     for kind, names in (("lacks", missing), ("has the unexpected", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {kind} tensor {names[0]}{more}; it belongs to a model of other sizes or another kind")
+            raise UserError(f"{path}: {kind} tensor {called.get(names[0], names[0])}{more}; it belongs to a model of other sizes "
+                            f"or another kind")
     for name, x in tensors.items():
+        tensor = f"{path}: tensor {called.get(name, name)}"
         if x.shape != wanted[name].shape:
-            raise UserError(f"{path}: tensor {name} is {list(x.shape)}, expected {list(wanted[name].shape)}")
-        if x.is_floating_point() != wanted[name].is_floating_point():
-            raise UserError(f"{path}: tensor {name} is {x.dtype}, expected {wanted[name].dtype}")
-        if not torch.isfinite(x).all():
-            raise UserError(f"{path}: tensor {name} holds NaN or infinite values")
-    module.load_state_dict(tensors)
+            raise UserError(f"{tensor} is {list(x.shape)}, expected {list(wanted[name].shape)}")
+        if x.is_floating_point() != wanted[name].is_floating_point() or x.is_floating_point() and x.element_size() < 2:
+            raise UserError(f"{tensor} is {x.dtype}, expected {wanted[name].dtype}")
+        # the extremes tell: NaN passes through both, and unlike isfinite they need no memory
+        if x.is_floating_point() and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
+            raise UserError(f"{tensor} holds NaN or infinite values")
+    def target(name, x):
+        return None if dtype is None or not x.is_floating_point() else torch.float32 if name in keep else dtype
+    module.load_state_dict({name: x.to(device, target(name, x)) for name, x in tensors.items()}, assign=True)
 
 
 def save_resume(path, **state):

@@ -1,0 +1,812 @@
+"""
+Official checkpoints in and out: weights of the official code load here, and what is trained here opens there.
+
+    hub name --find--> files --read_flextok--> FlexTok --export_official--> config.json + model.safetensors + vae/
+    file, directory ---^       config followed, tensors renamed                (the official forms, both in one directory)
+
+Nothing named in a file is ever imported or called: a config is text that we follow by a table (ENCODER, DECODER), and what
+the table does not know is refused by name. Tensors come from safetensors only, are mapped from the file, and are checked
+against the sizes that the config asks for before anything is allocated. The public calls are `from_pretrained` of FlexTok,
+VAE and GPT; this file is what they use for everything that is not ours.
+
+    python pretrained.py inspect EPFL-VILAB/flextok_d12_d12_in1k       # sizes, options, parameters, anything unusual
+    python pretrained.py convert EPFL-VILAB/flextok_d12_d12_in1k out/mine        # official form -> ours
+    python pretrained.py convert assets/emoji64 out/official                     # our form -> the official one
+
+The official weights have licences of their own (research only); none of them are in this repository.
+"""
+import ast
+import hashlib
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from math import inf, prod
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common import (UserError, command, from_cli, load_tensors, load_weights, read_json, replacing, save_tensors, write_json)
+from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
+from vae import VAE, VAEConfig, config_from_diffusers, modern_names
+
+# ---------------------------------------------------------------------------------------------------------------
+# The official config
+#
+# It is a list of modules; each reads and writes named entries of one dictionary. Order, module names and entry names are the
+# config's own choice. So we follow what each entry holds, from "latents" to "velocity": any names will do, and any other
+# order or wiring is found. One row for each module of a FlexTok:
+#     role, class, {argument that names what it reads: what that must hold}, {... what it writes: what that then holds},
+#     {argument that is a size: which one}, {argument: value that it must have}
+# `None` as what is read: anything, it only tells the batch size.
+
+PACKED = {"packed_seq_write_key": "sequence", "block_mask_write_key": "mask", "inner_packed_shapes_write_key": "inner shapes",
+          "outer_packed_shapes_write_key": "outer shapes"}
+SHAPES = {"inner_packed_shapes_read_key": "inner shapes", "outer_packed_shapes_read_key": "outer shapes"}
+
+ENCODER = [
+    ("enc_last", "PerSampleOp channels_first_to_last", {"read_key": "latents"}, {"write_key": "latents, channel last"}, {}, {}),
+    ("enc_patch", "PatchEmbedder", {"input_tensor_list_read_key": "latents, channel last"},
+     {"patches_list_write_key": "bare patches", "n_patches_write_key": "numbers of patches"},
+     {"channels_in": "latent_channels", "dim": "enc_width", "patch_sizes": "patch_size"}, {}),
+    ("enc_positions", "PositionalEmbeddingAdder", {"read_key": "bare patches"}, {"write_key": "patches"},
+     {"dim": "enc_width", "max_sizes": "grid"}, {"posemb_type": "sincos"}),
+    ("enc_registers", "Registers1D", {"input_tensor_list_read_key": None},
+     {"registers_write_key": "registers", "register_sizes_read_write_key": "numbers of registers"},
+     {"dim": "enc_width", "n_max": "registers"}, {}),
+    ("enc_packer", "BlockWiseSequencePacker", {"input_list_read_keys": ["patches", "registers"]}, PACKED, {},
+     {"mask_mode": "causal_last"}),
+    ("enc_trunk", "FlexTransformer", {"input_seq_read_key": "sequence", "block_mask_read_key": "mask"},
+     {"output_seq_write_key": "output sequence"}, {"dim": "enc_width", "depth": "enc_depth", "head_dim": "enc_head_dim"}, {}),
+    ("enc_unpacker", "SequenceUnpacker", {"packed_seq_read_key": "output sequence", **SHAPES},
+     {"inner_seq_write_keys": ["output patches", "output registers"]}, {}, {}),
+    ("enc_head", "LinearHead", {"read_key": "output registers"}, {"write_key": "encoded"},
+     {"dim": "enc_width", "dim_out": "L"}, {}),
+]
+
+DECODER = [
+    ("dec_codes", "LinearLayer", {"read_key": "codes"}, {"write_key": "bare registers"}, {"dim_in": "L", "dim": "dec_width"}, {}),
+    ("dec_code_positions", "PositionalEmbeddingAdder", {"read_key": "bare registers"}, {"write_key": "all registers"},
+     {"dim": "dec_width", "max_sizes": "registers"}, {"posemb_type": "learnable_sum"}),
+    ("dec_dropout", "MaskedNestedDropout", {"read_write_key": "all registers"}, {"read_write_key": "kept registers"},
+     {"dim": "dec_width"}, {"eval_keep_k_read_key": "eval_keep_k"}),
+    ("dec_null", "LearnedNullCond", {"read_write_key": "kept registers"}, {"read_write_key": "registers"},
+     {"dim": "dec_width"}, {"eval_drop_flag_read_key": "eval_dropout_mask"}),
+    ("dec_last", "PerSampleOp channels_first_to_last", {"read_key": "noised latents"},
+     {"write_key": "noised latents, channel last"}, {}, {}),
+    ("dec_patch", "PatchEmbedder", {"input_tensor_list_read_key": "noised latents, channel last"},
+     {"patches_list_write_key": "bare patches", "n_patches_write_key": "numbers of patches"},
+     {"channels_in": "latent_channels", "dim": "dec_width", "patch_sizes": "patch_size"}, {}),
+    ("dec_positions", "PositionalEmbeddingAdder", {"read_key": "bare patches"}, {"write_key": "patches"},
+     {"dim": "dec_width", "max_sizes": "grid"}, {"posemb_type": "sincos"}),
+    # per_subseq_embs, adaLN_expansion: patches and registers have modulations of their own, patches first
+    ("dec_packer", "BlockWiseSequencePacker", {"input_list_read_keys": ["patches", "registers"]},
+     {**PACKED, "emb_packing_fn_write_key": "packing of embeddings"}, {}, {"mask_mode": "full", "per_subseq_embs": True}),
+    ("dec_time", "TimestepEmbedder", {"timesteps_read_key": "t"}, {"time_embedding_write_key": "embedded t"},
+     {"dim": "dec_width", "max_timestep": "max_timestep"}, {}),
+    ("dec_trunk", "FlexTransformer", {"input_seq_read_key": "sequence", "block_mask_read_key": "mask",
+                                      "adaLN_emb_read_key": "embedded t", "adaLN_packing_fn_read_key": "packing of embeddings"},
+     {"output_seq_write_key": "output sequence", "intermediate_layer_write_key": "middle sequence"},
+     {"dim": "dec_width", "depth": "dec_depth", "head_dim": "dec_head_dim"}, {"adaLN_expansion": 2}),
+    ("dec_unpacker", "SequenceUnpacker", {"packed_seq_read_key": "output sequence", **SHAPES},
+     {"inner_seq_write_keys": ["output patches", "output registers"]}, {}, {}),
+    ("dec_head", "ToPatchesLinearHead", {"read_key": "output patches", "adaLN_emb_read_key": "embedded t"},
+     {"write_key": "velocity, channel last"},
+     {"dim": "dec_width", "channels_out": "latent_channels", "patch_sizes": "patch_size"}, {}),
+    ("dec_first", "PerSampleOp channels_last_to_first", {"read_key": "velocity, channel last"}, {"write_key": "velocity"}, {}, {}),
+    ("dec_repa_unpacker", "SequenceUnpacker", {"packed_seq_read_key": "middle sequence", **SHAPES},
+     {"inner_seq_write_keys": ["middle patches", "middle registers"]}, {}, {}),
+    ("dec_repa", "MLPHead", {"read_key": "middle patches"}, {"write_key": "REPA features"},
+     {"dim": "dec_width", "dim_out": "repa_features", "num_layers": "repa_layers"}, {}),
+]
+
+REGULARIZER = [("fsq", "FSQ", {"latents_read_key": "encoded"}, {"quants_write_key": "codes", "tokens_write_key": "tokens"}, {}, {})]
+NOISE = [("noise", "MinRFNoiseModule", {"clean_images_read_key": "latents"},
+          {"noised_images_write_key": "noised latents", "timesteps_write_key": "t", "sigmas_write_key": "sigma"}, {}, {})]
+PIPELINE = [("pipeline", "MinRFPipeline", {"latents_read_key": "codes", "timesteps_read_key": "t", "reconst_write_key": "velocity",
+                                           "noised_images_read_key": "noised latents"}, {},
+             {"out_channels": "latent_channels"}, {"_partial_": True})]
+WRAPPED_VAE = [("vae", "StableDiffusionVAE", {"vae_latents_read_key": "velocity"}, {}, {"latent_channels": "latent_channels"}, {})]
+
+OPTIONAL = ("dec_repa_unpacker", "dec_repa")         # the REPA branch: training only
+OPTIONAL_KEYS = ("emb_packing_fn_write_key", "intermediate_layer_write_key")
+DEFAULTS = {"head_dim": 64, "max_timestep": 1000.0}  # of the official classes, where the config is silent
+
+# Further arguments of each class: the values with which it computes what ours does. ANY: no effect on what a trained model computes.
+ANY = None
+FLOAT32, OFF = (None, "fp32", "float32"), (False, None)
+HEAD = {"use_mup_readout": OFF, "weight_init_style": ANY, "dtype_override": FLOAT32, "use_bias": (True,)}
+OPTIONS = {
+    "PerSampleOp": {"per_sample_op": ANY},           # read as part of the class
+    "PatchEmbedder": {"flatten_patches": OFF},
+    "PositionalEmbeddingAdder": {"posemb_scaling": ("absolute",)},
+    "Registers1D": {"n_min": ANY, "n_eval": ANY, "size_sampling_mode": ANY, "ordering_mode": ("nested",)},
+    "BlockWiseSequencePacker": {"pad_to_multiple": ANY, "compile_block_mask": ANY, "return_materialized_mask": ANY,
+                                "per_subseq_embs": OFF, "emb_packing_fn_write_key": (None,)},
+    "FlexTransformer": {"use_act_checkpoint": ANY, "intermediate_layers": ANY, "intermediate_layer_write_key": (None,),
+                        "adaLN_emb_read_key": (None,), "adaLN_packing_fn_read_key": (None,), "drop_path_rate": ANY,
+                        "zero_init_query_proj": ANY, "use_flex_attention": ANY, "mlp_ratio": (4, 4.0), "qkv_bias": OFF,
+                        "proj_bias": OFF, "mlp_bias": OFF, "gated_mlp": (True,), "qk_norm": (True,)},
+    "LinearHead": HEAD,
+    "ToPatchesLinearHead": HEAD,
+    "MLPHead": HEAD,
+    "LinearLayer": {"use_bias": (True,), "weight_init_style": ANY, "dtype_override": FLOAT32},
+    "MaskedNestedDropout": {"train_keep_k_write_key": ANY, "size_sampling_mode": ANY},
+    "LearnedNullCond": {"dropout_prob": ANY, "replace_with_single_token": OFF},
+    "TimestepEmbedder": {"frequency_embedding_size": (256,)},
+    "FSQ": {"levels": ANY, "drop_quant_p": ANY, "corrupt_tokens_p": ANY, "min_corrupt_tokens_p": ANY,
+            "apply_corrupt_tokens_p": ANY, "packed_call": ANY},  # the numbers among them are read below
+    "MinRFNoiseModule": {"ln": ANY, "stratisfied": ANY, "mode_scale": ANY, "noise_read_key": ANY},
+    "MinRFPipeline": {"noise_read_key": ANY, "target_sizes_read_key": ANY},
+    "StableDiffusionVAE": {"images_read_key": ANY, "vae_latents_write_key": ANY, "images_reconst_write_key": ANY,
+                           "vae_kl_loss_write_key": ANY, "scaling_factor": ANY, "dtype_override": ANY, "hf_hub_path": ANY,
+                           "sample_posterior": ANY, "force_vae_encode": ANY, "frozen": ANY},
+}
+PARTS = ("vae", "encoder", "regularizer", "decoder", "flow_matching_noise_module", "pipeline")
+
+
+def follow_config(config, where):
+    """Official config (nested dicts) -> (`TokenizerConfig`, {role: module name}). Raises `UserError` naming `where`."""
+    check_targets(config, where)
+    if not isinstance(config, dict) or "encoder" not in config:
+        raise UserError(f'{where}: not a minFlexTok tokenizer ("format": "minFlexTok"), nor an official one ("encoder")')
+    for part in PARTS:
+        if not isinstance(config.get(part), dict):
+            raise UserError(f"{where}: {part} is {shown(config.get(part))}, expected a module")
+    unknown = sorted(map(str, config.keys() - {*PARTS, "_target_"}))
+    if unknown:
+        raise UserError(f"{where}: unknown part {unknown[0]}")
+    holds = {config["vae"].get("vae_latents_write_key"): "latents"} if isinstance(config["vae"].get("vae_latents_write_key"), str) else {}
+    names, sizes = {}, {}
+    for rows, modules in (
+            (ENCODER, chain(config, "encoder", where)), (REGULARIZER, {"regularizer": config["regularizer"]}),
+            (NOISE, {"flow_matching_noise_module": config["flow_matching_noise_module"]}),
+            (DECODER, chain(config, "decoder", where)), (PIPELINE, {"pipeline": config["pipeline"]}), (WRAPPED_VAE, {"vae": config["vae"]})):
+        follow(modules, rows, holds, sizes, names, where)
+    fsq = config["regularizer"]
+    levels = fsq.get("levels")
+    if not isinstance(levels, (list, tuple)) or not all(type(n) is int and 2 <= n <= 64 for n in levels) or len(levels) != sizes.pop("L"):
+        raise UserError(f"{where}: levels {shown(levels)}, expected whole numbers from 2 to 64, as many as the encoder's outputs")
+    if config["encoder"]["module_dict"][names["enc_registers"]].get("n_eval") not in (None, sizes["registers"]):
+        raise UserError(f"{where}: n_eval of {names['enc_registers']} is not n_max, which is not supported")
+    chances = {name: fsq.get(name) or 0.0 for name in ("drop_quant_p", "corrupt_tokens_p")}
+    if not all(isinstance(p, (int, float)) and 0 <= p <= 1 for p in chances.values()):
+        raise UserError(f"{where}: {shown(chances)}, expected probabilities")
+    repa = sizes.pop("repa_features", 0), sizes.pop("repa_layers", 2)
+    if repa[0]:  # dim -> 4 dim -> ... -> features, in so many linear layers
+        sizes["repa_widths"] = (sizes["dec_width"],) + (4 * sizes["dec_width"],) * (repa[1] - 1) + repa[:1]
+    return TokenizerConfig(**sizes, **chances, levels=tuple(levels)), names
+
+
+def check_targets(value, where, depth=0):
+    """Refuse every `_target_` and `path`, at any depth, that is no name of the official package; and a depth that is absurd."""
+    if depth > 32:
+        raise UserError(f"{where}: nested more than 32 levels deep")
+    if isinstance(value, dict):
+        for key in ("_target_", "path"):
+            if key in value and not (isinstance(value[key], str) and re.fullmatch(r"flextok(\.\w+)+|hydra\.utils\.get_method", value[key])):
+                raise UserError(f"{where}: {key} {shown(value[key])} is nothing of the official package; nothing was run")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        check_targets(item, where, depth + 1)
+
+
+def shown(value):
+    """A value from a file as it may stand in an error: short and on one line."""
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def chain(config, part, where):
+    """The encoder's or decoder's modules, {name: module}, in the order of execution."""
+    modules = config[part].get("module_dict")
+    if class_of(config[part]) != "SequentialModuleDictWrapper" or not isinstance(modules, dict):
+        raise UserError(f"{where}: {part} is {class_of(config[part])}, expected SequentialModuleDictWrapper with a module_dict")
+    return modules
+
+
+def class_of(module):
+    """A module's class without its path, as the tables have it; PerSampleOp with its operation. None if it has none."""
+    if not isinstance(module, dict):
+        return None
+    name = str(module.get("_target_")).rpartition(".")[2]
+    if name != "PerSampleOp":
+        return name
+    op = module.get("per_sample_op")
+    op = op if isinstance(op, dict) else {}
+    return f"{name} {str(op['path'] if class_of(op) == 'get_method' and 'path' in op else op.get('_target_')).rpartition('.')[2]}"
+
+
+def follow(modules, rows, holds, sizes, names, where):
+    """Run `modules` by `rows`: update what each entry `holds`, collect `sizes` and the module `names` by role."""
+    for name, module in modules.items():
+        kind, place = class_of(module), f"{where}: {name}"
+        candidates = [row for row in rows if row[1] == kind]
+        if not candidates:
+            raise UserError(f"{place} is {shown(kind)}, which is not supported here")
+        row = next((row for row in candidates if row[0] not in names and
+                    all(held(module, key, holds) == want for key, want in row[2].items() if want is not None)), None)
+        if row is None:
+            key, want = next((key, want) for key, want in candidates[0][2].items() if want is not None)
+            raise UserError(f"{place} ({kind}) is out of order or wired in another way: its {key} holds "
+                            f"{shown(held(module, key, holds))}, expected {shown(want)}")
+        role, _, reads, writes, numbers, fixed = row
+        options = OPTIONS.get(kind.split()[0], {})
+        for argument, value in module.items():
+            if argument in fixed or argument in numbers or argument in reads or argument in writes or argument in ("_target_", "_partial_"):
+                continue
+            if argument not in options or options[argument] is not ANY and not any(value is x or value == x and type(value) is type(x)
+                                                                                   for x in options[argument]):
+                raise UserError(f"{place} ({kind}): {argument} {shown(value)} is not supported")
+        for argument, value in fixed.items():
+            if type(module.get(argument)) is not type(value) or module[argument] != value:
+                raise UserError(f"{place} ({kind}): {argument} {shown(module.get(argument))} is not supported, expected {value!r}")
+        for argument, size in numbers.items():
+            value = read_size(size, module.get(argument, DEFAULTS.get(argument)), f"{place} ({kind}): {argument}")
+            if sizes.setdefault(size, value) != value:
+                raise UserError(f"{place} ({kind}): {argument} {value}, but another module has {sizes[size]}")
+        for argument, states in writes.items():
+            keys = module.get(argument)
+            keys, states = (keys, states) if isinstance(states, list) else ([keys], [states])
+            if keys == [None] and argument in OPTIONAL_KEYS:
+                continue
+            if not isinstance(keys, (list, tuple)) or len(keys) != len(states) or not all(isinstance(key, str) for key in keys):
+                raise UserError(f"{place} ({kind}): {argument} {shown(module.get(argument))}, expected a name for each of {states}")
+            holds.update(zip(keys, states))
+        names[role] = name
+    lacking = [row for row in rows if row[0] not in names and row[0] not in OPTIONAL]
+    if lacking:
+        raise UserError(f"{where}: lacks the module {lacking[0][1]} that reads {shown(next(iter(lacking[0][2].values())))}")
+
+
+def held(module, argument, holds):
+    """What the entries named by a module's argument hold: a text, or a list of them; None for what is not there."""
+    keys = module.get(argument)
+    if isinstance(keys, (list, tuple)):
+        return [holds.get(key) if isinstance(key, str) else None for key in keys]
+    return holds.get(keys) if isinstance(keys, str) else None
+
+
+LIMITS = {"enc_width": 2**15, "dec_width": 2**15, "enc_depth": 256, "dec_depth": 256, "registers": 2**16, "grid": 2**10,
+          "patch_size": 64, "repa_layers": 16}  # far above every model there is; other sizes: 2**14
+
+
+def read_size(size, value, place):
+    """A size from a config, checked: whole and positive, patch sizes equal. Raises `UserError` beginning with `place`."""
+    if size == "max_timestep":
+        if type(value) not in (int, float) or not 0 < value < inf:
+            raise UserError(f"{place} {shown(value)}, expected a positive number")
+        return float(value)
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    count = {"grid": 2, "patch_size": 2}.get(size, 1)
+    top = LIMITS.get(size, 2**14)
+    least = 2 if size == "repa_layers" else 1
+    if len(numbers) != count or not all(type(n) is int and least <= n <= top for n in numbers):
+        raise UserError(f"{place} {shown(value)}, expected {count} whole number{'s' * (count > 1)} from {least} to {top}")
+    if size == "patch_size" and numbers[0] != numbers[1]:
+        raise UserError(f"{place} {shown(value)} is not supported, expected equal numbers")
+    return tuple(numbers) if size == "grid" else numbers[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensor names
+
+# (beginning of our name, role of the official module, beginning of the name inside it)
+PLACES = [
+    ("encoder.patch_embed.proj.", "enc_patch", "patch_proj."), ("encoder.patch_embed.positions", "enc_positions", "posembs"),
+    ("encoder.registers", "enc_registers", "registers"), ("encoder.blocks.", "enc_trunk", "blocks."),
+    ("encoder.head.", "enc_head", "proj."), ("decoder.from_codes.", "dec_codes", "proj."),
+    ("decoder.positions", "dec_code_positions", "posembs"), ("decoder.mask_token", "dec_dropout", "dropout_mask_token"),
+    ("decoder.null_token", "dec_null", "nullcond"), ("decoder.patch_embed.proj.", "dec_patch", "patch_proj."),
+    ("decoder.patch_embed.positions", "dec_positions", "posembs"), ("decoder.time_embed.mlp.", "dec_time", "mlp."),
+    ("decoder.blocks.", "dec_trunk", "blocks."), ("decoder.head_adaln.", "dec_head", "adaLN_modulation.1."),
+    ("decoder.head.", "dec_head", "proj."),
+]
+# What wrappers of a model put into the names of its tensors: activation checkpointing, FSDP, torch.compile
+WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+
+def official_name(name, names, config):
+    """Our tensor name -> the official one. names: {role: module name}, from `follow_config`."""
+    if name.startswith("vae."):
+        return "vae." + name
+    if name.startswith("repa_head."):  # LayerNorm, linear, SiLU, linear, SiLU, ...: linear layers are 1, 3, ...; the last is out_proj
+        _, i, kind = name.split(".")
+        inside = "out_proj" if int(i) == len(config.repa_widths) - 2 else f"mlp.{2 * int(i) + 1}"
+        return f"decoder.module_dict.{names['dec_repa']}.{inside}.{kind}"
+    for ours, role, inside in PLACES:
+        if name.startswith(ours):
+            part = {"enc": "encoder", "dec": "decoder"}[role[:3]]
+            return f"{part}.module_dict.{names[role]}.{inside}{name[len(ours):]}".replace(".adaln.", ".adaLN_modulation.1.")
+    raise KeyError(name)
+
+
+def unwrapped(tensors, path):
+    """The same tensors without what wrappers put into their names, and with today's names for a VAE's attention."""
+    clean = {}
+    for name, x in tensors.items():
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        name = name.removeprefix("module.")
+        if name in clean:
+            raise UserError(f"{path}: holds tensor {name} twice, with and without a wrapper's prefix")
+        clean[name] = x
+    return modern_names(clean)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading a FlexTok
+
+
+def read_flextok(name, device="cpu", dtype=torch.float32):
+    """Official checkpoint (directory, safetensors file, hub name) -> `FlexTok` in eval mode. Raises `UserError`.
+
+    dtype: None is as stored. A hub repository or a file in our own form is read as well.
+    """
+    config_path, path = find(name, "config.json", "model.safetensors")
+    config, where = read_config(config_path, path)
+    if isinstance(config, dict) and config.get("format") == "minFlexTok":
+        return FlexTok.from_pretrained(os.path.dirname(path), device, dtype)
+    tokenizer_config, names = follow_config(config, where)
+    try:
+        tokenizer = unloaded(tokenizer_config, vae_config_of(config["vae"], where))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: does not describe a tokenizer ({error})") from None
+    wanted = {official_name(ours, names, tokenizer_config): ours for ours in tokenizer.state_dict()}
+    tensors = {wanted.get(official, official): x for official, x in unwrapped(load_tensors(path), path).items()}
+    positions, K, D = tensors.get("decoder.positions"), tokenizer_config.registers, tokenizer_config.dec_width
+    if positions is not None:
+        if positions.shape != (1, 1, D, K):
+            raise UserError(f"{path}: tensor {official_name('decoder.positions', names, tokenizer_config)} is "
+                            f"{list(positions.shape)}, expected {[1, 1, D, K]}")
+        tensors["decoder.positions"] = positions[0, 0].T                          # (1, 1, D, K) -> (K, D)
+    load_weights(tokenizer, tensors, path, device, dtype, fixed_tables(tensors), {ours: theirs for theirs, ours in wanted.items()})
+    tokenizer.official = config
+    return tokenizer.to(device).eval()
+
+
+def read_config(config_path, path):
+    """The config of a checkpoint, from its config.json or the metadata of its safetensors file; and the file it was in."""
+    in_metadata = read_metadata(path) if os.path.isfile(path) else {}
+    if "encoder" in in_metadata:
+        return in_metadata, path
+    if os.path.isfile(config_path) and os.path.getsize(config_path) > 2**24:
+        raise UserError(f"{config_path}: {os.path.getsize(config_path):,} bytes, too large for a config")
+    return read_json(config_path), config_path
+
+
+def read_metadata(path):
+    """The config in a safetensors file's metadata: every value is Python's text of it, and stays text if it cannot be read."""
+    config = {}
+    for key, text in (open_header(path).metadata() or {}).items():
+        config[key] = text
+        if len(text) < 2**20 and max(map(text.count, "([{-")) < 10_000:
+            try:
+                config[key] = ast.literal_eval(text)  # knows literals only: no names, no calls
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                pass
+    return config
+
+
+def open_header(path):
+    """A safetensors file whose header has been read and checked, and none of its tensors. Raises `UserError`."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def vae_config_of(wrapped, where):
+    """The `vae` part of an official config -> `VAEConfig`. `where`: the file it is in; the VAE's own may lie beside it."""
+    hub_path, scaling = wrapped.get("hf_hub_path"), wrapped.get("scaling_factor")
+    values = {}  # without a path: the official sizes, which are VAEConfig's defaults
+    if hub_path is not None:
+        values = config_from_diffusers(*vae_config_file(hub_path, where)).__dict__
+    if values.get("latent_channels", wrapped["latent_channels"]) != wrapped["latent_channels"]:
+        raise UserError(f"{where}: latent_channels {wrapped['latent_channels']}, but the VAE at {hub_path} has {values['latent_channels']}")
+    scaling = scaling or values.get("scaling_factor")  # as official: 0 and null mean "see the VAE"
+    if type(scaling) not in (int, float) or not 0 < scaling < inf:
+        raise UserError(f"{where}: scaling_factor of the VAE is {shown(scaling)}, expected a positive number")
+    return VAEConfig(**values | {"latent_channels": wrapped["latent_channels"], "scaling_factor": scaling})
+
+
+def vae_config_file(hub_path, where):
+    """hf_hub_path -> the diffusers config that it means, and its file: a folder inside the checkpoint's, or a hub name."""
+    base = os.path.dirname(os.path.abspath(where))
+    if isinstance(hub_path, str) and "\0" not in hub_path:
+        folder = os.path.normpath(os.path.join(base, hub_path))
+        # no way out of the checkpoint's own directory: a config may not make us read other files
+        if not os.path.isabs(hub_path) and folder.startswith(base + os.sep) and os.path.isfile(os.path.join(folder, "config.json")):
+            path = os.path.join(folder, "config.json")
+            return read_json(path), path
+        if HUB_NAME.fullmatch(hub_path):
+            path = hub_file(hub_path, "config.json")
+            return read_json(path), path
+    raise UserError(f"{where}: hf_hub_path {shown(hub_path)} is neither a folder with a config.json beside this file, nor a hub name")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def official_config(config, vae_config):
+    """The config of the official package for a model of these sizes. Only names of its classes and arguments they accept."""
+    def module(path, **arguments):
+        return {"_target_": "flextok." + path, **arguments}
+
+    def op(name, read, write):
+        return module("model.utils.dict_ops.PerSampleOp", read_key=read, write_key=write, per_sample_op={
+            "_target_": "hydra.utils.get_method", "path": f"flextok.model.utils.dict_ops.channels_{name}"})
+
+    def positions(key, dim, max_sizes, kind):
+        return module("model.utils.posembs.PositionalEmbeddingAdder", read_key=key, write_key=key, dim=dim,
+                      max_sizes=max_sizes, posemb_type=kind, posemb_scaling="absolute")
+
+    def patches(read, write, count, dim):
+        return module("model.preprocessors.patching.PatchEmbedder", input_tensor_list_read_key=read, patches_list_write_key=write,
+                      n_patches_write_key=count, channels_in=C, dim=dim, patch_sizes=[p, p], flatten_patches=False)
+
+    def packer(read, mode, mask, part, **more):
+        return module("model.preprocessors.flex_seq_packing.BlockWiseSequencePacker", input_list_read_keys=read,
+                      packed_seq_write_key=f"{part}_packed_seq", block_mask_write_key=mask,
+                      inner_packed_shapes_write_key=f"{part}_ps_inner", outer_packed_shapes_write_key=f"{part}_ps_outer",
+                      mask_mode=mode, pad_to_multiple=128, **more)
+
+    def trunk(part, mask, dim, depth, head_dim, **more):
+        return module("model.trunks.transformers.FlexTransformer", input_seq_read_key=f"{part}_packed_seq",
+                      output_seq_write_key=f"{part}_packed_seq", dim=dim, depth=depth, head_dim=head_dim, block_mask_read_key=mask,
+                      use_act_checkpoint=True, **more)
+
+    def unpacker(part, write, layer=""):
+        return module("model.postprocessors.seq_unpacking.SequenceUnpacker", packed_seq_read_key=f"{part}_packed_seq{layer}",
+                      inner_seq_write_keys=write, inner_packed_shapes_read_key=f"{part}_ps_inner",
+                      outer_packed_shapes_read_key=f"{part}_ps_outer")
+
+    C, p, L, K, grid = config.latent_channels, config.patch_size, len(config.levels), config.registers, list(config.grid)
+    D_enc, D_dec = config.enc_width, config.dec_width
+    zero = dict(use_mup_readout=False, weight_init_style="zero", dtype_override=None)
+    middle = dict(intermediate_layer_write_key="dec_packed_seq_repa_layer", intermediate_layers=[1]) if config.dec_depth > 1 else {}
+    repa = {} if not config.repa_widths else {
+        "dec_repa_unpacker": unpacker("dec", ["dec_patches_repa_layer", "dec_quants_repa_layer"], "_repa_layer"),
+        "dec_repa": module("model.postprocessors.heads.MLPHead", read_key="dec_patches_repa_layer", write_key="dec_repa", dim=D_dec,
+                           dim_out=config.repa_widths[-1], num_layers=len(config.repa_widths) - 1, use_mup_readout=False)}
+    # A VAE of the official sizes needs no path. Another is read from the folder beside it: the official loader then has to
+    # be started in this directory.
+    standard = VAEConfig(latent_channels=C, scaling_factor=vae_config.scaling_factor) == vae_config
+    return {
+        "vae": module("vae_wrapper.StableDiffusionVAE", images_read_key="rgb", vae_latents_read_key="vae_latents_reconst",
+                      vae_latents_write_key="vae_latents", images_reconst_write_key="rgb_reconst", vae_kl_loss_write_key="vae_kl_loss",
+                      latent_channels=C, scaling_factor=vae_config.scaling_factor, dtype_override="fp32",
+                      hf_hub_path=None if standard else "./vae", sample_posterior=True, force_vae_encode=False, frozen=True),
+        "encoder": module("model.utils.wrappers.SequentialModuleDictWrapper", module_dict={
+            "enc_channels_to_last": op("first_to_last", "vae_latents", "vae_latents_bhwc"),
+            "enc_patch_emb": patches("vae_latents_bhwc", "enc_vae_latents_patched", "enc_n_patches", D_enc),
+            "enc_posemb_module": positions("enc_vae_latents_patched", D_enc, grid, "sincos"),
+            "enc_register_module": module(
+                "model.preprocessors.registers.Registers1D", input_tensor_list_read_key="enc_vae_latents_patched",
+                register_sizes_read_write_key="register_sizes", registers_write_key="enc_registers", dim=D_enc, n_min=K, n_max=K,
+                size_sampling_mode="uniform", ordering_mode="nested"),
+            "enc_seq_packer": packer(["enc_vae_latents_patched", "enc_registers"], "causal_last", "enc_block_mask", "enc"),
+            "enc_transformer": trunk("enc", "enc_block_mask", D_enc, config.enc_depth, config.enc_head_dim),
+            "enc_unpacker": unpacker("enc", ["enc_vae_latents_patched", "enc_registers"]),
+            "enc_to_latents": module("model.postprocessors.heads.LinearHead", read_key="enc_registers", write_key="enc_registers",
+                                     dim=D_enc, dim_out=L, **zero)}),
+        "decoder": module("model.utils.wrappers.SequentialModuleDictWrapper", module_dict={
+            "dec_from_latents": module("model.preprocessors.linear.LinearLayer", read_key="quants", write_key="dec_quants",
+                                       dim_in=L, dim=D_dec),
+            "dec_registers_posemb_module": positions("dec_quants", D_dec, [K], "learnable_sum"),
+            "dec_nested_dropout": module(
+                "model.preprocessors.token_dropout.MaskedNestedDropout", read_write_key="dec_quants", dim=D_dec,
+                eval_keep_k_read_key="eval_keep_k", train_keep_k_write_key="train_keep_k", size_sampling_mode="uniform"),
+            "dec_latent_dropout": module("model.preprocessors.nullcond.LearnedNullCond", read_write_key="dec_quants", dim=D_dec,
+                                         eval_drop_flag_read_key="eval_dropout_mask", dropout_prob=0.1),
+            "dec_noise_channels_to_last": op("first_to_last", "flow_noised_latents", "flow_noised_latents_bhwc"),
+            "dec_noise_patch_emb": patches("flow_noised_latents_bhwc", "dec_patches", "dec_n_patches", D_dec),
+            "dec_patches_posemb_module": positions("dec_patches", D_dec, grid, "sincos"),
+            "dec_seq_packer": packer(["dec_patches", "dec_quants"], "full", "dec_sa_block_mask", "dec",
+                                     emb_packing_fn_write_key="dec_emb_packing_fn", per_subseq_embs=True),
+            "dec_time_embedder": module(
+                "model.preprocessors.time_embedding.TimestepEmbedder", timesteps_read_key="timesteps",
+                time_embedding_write_key="dec_temb", dim=D_dec, max_timestep=config.max_timestep),
+            "dec_transformer": trunk("dec", "dec_sa_block_mask", D_dec, config.dec_depth, config.dec_head_dim,
+                                     adaLN_emb_read_key="dec_temb", adaLN_packing_fn_read_key="dec_emb_packing_fn",
+                                     adaLN_expansion=2, **middle),
+            "dec_unpacker": unpacker("dec", ["dec_patches", "dec_quants"]),
+            "dec_to_patches": module("model.postprocessors.heads.ToPatchesLinearHead", read_key="dec_patches", write_key="dec_patches",
+                                     dim=D_dec, channels_out=C, patch_sizes=[p, p], **zero, adaLN_emb_read_key="dec_temb"),
+            **repa,
+            "dec_channels_to_first": op("last_to_first", "dec_patches", "vae_latents_reconst")}),
+        "regularizer": module("regularizers.quantize_fsq.FSQ", latents_read_key="enc_registers", quants_write_key="quants",
+                              tokens_write_key="tokens", levels=list(config.levels), drop_quant_p=config.drop_quant_p,
+                              corrupt_tokens_p=config.corrupt_tokens_p, packed_call=True),
+        "flow_matching_noise_module": module(
+            "flow_matching.noise_modules.MinRFNoiseModule", clean_images_read_key="vae_latents",
+            noised_images_write_key="flow_noised_latents", timesteps_write_key="timesteps", sigmas_write_key="sigmas", ln=True,
+            stratisfied=False, mode_scale=0.0),
+        "pipeline": module("flow_matching.pipelines.MinRFPipeline", _partial_=True, noise_read_key=None, target_sizes_read_key=None,
+                           latents_read_key="quants", timesteps_read_key="timesteps", noised_images_read_key="flow_noised_latents",
+                           reconst_write_key="vae_latents_reconst", out_channels=C),
+    }
+
+
+def export_official(model, directory, dtype=None):
+    """Write what the official code opens. dtype: of the weights; None is as they are.
+
+    A `FlexTok`: config.json and model.safetensors (the hub form; the latter has the config in its metadata too, and alone
+    is the single-file form), vae/ (diffusers). A `VAE`: its diffusers directory.
+    """
+    if isinstance(model, VAE):
+        return model.save_pretrained(directory, dtype)
+    config = {part: model.official[part] for part in PARTS} if still_describes(model) else official_config(model.config, model.vae.config)
+    _, names = follow_config(config, directory)
+    tensors = {official_name(name, names, model.config): x.T[None, None] if name == "decoder.positions" else x  # (K, D) -> (1, 1, D, K)
+               for name, x in model.state_dict().items()}
+    model.vae.save_pretrained(os.path.join(directory, "vae"), dtype)
+    write_json(os.path.join(directory, "config.json"), config)
+    # no "format" here: the official loader takes every entry for an argument
+    metadata = {name: str(value) for name, value in {"_target_": "flextok.flextok_wrapper.FlexTok", **config}.items()}
+    save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, metadata=metadata)
+
+
+def still_describes(model):
+    """Whether the official config that `model` came with fits it: it holds training settings which ours has no place for."""
+    if not model.official:
+        return False
+    try:
+        wrapped = model.official["vae"]
+        config, _ = follow_config(model.official, "official")
+    except (UserError, KeyError, TypeError):
+        return False
+    same = TokenizerConfig(**{f.name: getattr(config if f.name not in INITIAL else model.config, f.name) for f in fields(config)})
+    return same == model.config and (wrapped.get("scaling_factor") or model.vae.config.scaling_factor) == model.vae.config.scaling_factor
+
+
+INITIAL = ("position_std", "code_std", "head_std")  # matter before training only; no official config knows them
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The Hugging Face hub: the same cache on disk as huggingface_hub, so that either finds what the other has fetched
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+RETRY_SECONDS = 1.0
+
+
+def find(name, config_file, weights_file):
+    """(path of the config, path of the weights) of a checkpoint: a directory, its weights file, or a hub name."""
+    name = os.fspath(name)
+    if os.path.isfile(name):
+        return os.path.join(os.path.dirname(name), config_file), name
+    if not os.path.isdir(name) and HUB_NAME.fullmatch(name):
+        return hub_file(name, config_file), hub_file(name, weights_file)
+    config_path = os.path.join(name, config_file)
+    if not os.path.isdir(name):
+        raise UserError(f"{config_path}: there is no directory {name}, nor is that a name on the hub (owner/name)")
+    return config_path, os.path.join(name, weights_file)
+
+
+def cache_directory():
+    """Where huggingface_hub keeps its files, by the same environment variables."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(home, "huggingface")
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+
+
+def hub_file(repository, file):
+    """A file of a hub repository -> its path in the cache, downloaded if it is not there. Raises `UserError`.
+
+    models--OWNER--NAME/ refs/main (the commit's name)   blobs/ETAG (the contents)   snapshots/COMMIT/FILE -> ../../blobs/ETAG
+    """
+    cache, folder = cache_directory(), "models--" + repository.replace("/", "--")
+    reference = os.path.join(cache, folder, "refs", "main")
+    commit = open(reference).read().strip() if os.path.isfile(reference) else ""
+    path = os.path.join(cache, folder, "snapshots", commit or "none", file)
+    if os.path.exists(path):
+        return path
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{repository}: {file} is not in the cache {cache}, and HF_HUB_OFFLINE forbids downloading it")
+    # the commit that is here already, if any: config and weights must belong together
+    commit, etag, size, url = hub_header(repository, file, commit or "main")
+    blob = os.path.join(cache, folder, "blobs", etag)
+    path = os.path.join(cache, folder, "snapshots", commit, file)
+    with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
+        if not os.path.isfile(blob):
+            fetch(url, blob, etag, size, f"{repository}/{file}")
+        if not os.path.exists(path):
+            with replacing(path) as temporary:
+                os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
+        if not os.path.isfile(reference):
+            with replacing(reference) as temporary, open(temporary, "w") as out:
+                out.write(commit)
+    return path
+
+
+def hub_header(repository, file, revision):
+    """Ask the hub for (commit, etag, size, address) of a file, without its contents. Raises `UserError`."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
+    for _ in range(5):
+        answer = ask("HEAD", url, allow_redirects=False)  # the hub's own answer has the headers, not the storage behind it
+        moved = answer.headers.get("Location", "")
+        if answer.status_code not in (301, 302, 307, 308) or not moved.startswith("/"):
+            break
+        url = endpoint + moved  # the repository has another name now
+    if answer.status_code in (401, 403):
+        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence at "
+                        f"{endpoint}/{repository} and put your access token into HF_TOKEN")
+    if answer.status_code >= 400:
+        raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
+    commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
+    etag, size = etag.removeprefix("W/").strip('"'), answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
+    # these become file names: only what the hub uses in them
+    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII) or not size.isdecimal():
+        raise UserError(f"{url}: the answer is not that of a Hugging Face hub (commit {shown(commit)}, etag {shown(etag)}, size {shown(size)})")
+    return commit, etag, int(size), url
+
+
+def ask(method, url, headers={}, **options):
+    """requests.request, with the token if there is one and without compression; no connection raises `UserError`."""
+    import requests
+    token = os.environ.get("HF_TOKEN", "").strip()
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {}), **headers}
+    try:
+        return requests.request(method, url, headers=headers, timeout=(10, 30), **options)
+    except (requests.RequestException, ValueError) as error:
+        raise UserError(f"{url}: cannot be reached ({type(error).__name__}); if this machine is offline, copy the files here and "
+                        f"name their directory") from None
+
+
+@contextmanager
+def locked(path):
+    """Hold a lock file: of several processes that want the same file, one downloads it and the others wait."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+        except ImportError:  # Windows
+            pass
+        yield
+
+
+def fetch(url, path, etag, size, label):
+    """Download `size` bytes to `path`, going on where an earlier attempt broke off; they must have the digest that is their etag."""
+    import requests
+    part, failures = path + ".incomplete", 0
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(part, "ab").close()
+    if os.path.getsize(part) > size:
+        os.truncate(part, 0)
+    while (have := os.path.getsize(part)) < size:
+        if failures == 5:
+            raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again to go on from there")
+        problem = ""
+        try:
+            with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
+                if answer.status_code == 200 and have:  # no ranges here
+                    os.truncate(part, 0)
+                resumes = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                if answer.status_code != 200 and not resumes:
+                    problem = f"the server answered {answer.status_code}"
+                else:
+                    receive(answer, part, size, label)
+        except requests.RequestException as error:
+            problem = type(error).__name__
+        except UserError:
+            problem = "no connection"
+        if os.path.getsize(part) <= have:
+            failures += 1
+            time.sleep(RETRY_SECONDS * failures)
+    digest = file_digest(part, etag)
+    if os.path.getsize(part) != size or digest not in (None, etag):
+        os.remove(part)
+        raise UserError(f"{label}: what arrived is not the file (its digest or length is wrong); nothing was kept, try again")
+    os.replace(part, path)
+
+
+def receive(answer, part, size, label):
+    """Append the answer's bytes to `part`, with one line of progress; stops as soon as there are more than `size`."""
+    with open(part, "ab") as file:
+        shown_at = 0.0
+        for chunk in answer.iter_content(2**20):
+            file.write(chunk)
+            have = file.tell()
+            if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
+                print(f"\r{label}: {have / 1e6:,.0f} of {size / 1e6:,.0f} MB", end="\n" if have >= size else "", file=sys.stderr, flush=True)
+                shown_at = time.time()
+            if have > size:
+                return
+
+
+def file_digest(path, etag):
+    """The digest that an etag of this length is: sha256 for large files, git's sha1 for small ones; None if neither."""
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        return None
+    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+@dataclass
+class Command:
+    """inspect CHECKPOINT: say what it is. convert IN OUT: an official tokenizer into our form, one of ours into the official form."""
+    words: tuple = ()  # inspect CHECKPOINT, or convert IN OUT; a checkpoint is a file, a directory or a hub name
+
+
+def inspect(name):
+    """Print what a checkpoint is, from its config and the header of its weights; the weights themselves are not read."""
+    weights_files = {"config.json": "model.safetensors"}
+    if os.path.isdir(name) and os.path.isfile(os.path.join(name, "diffusion_pytorch_model.safetensors")):
+        weights_files = {"config.json": "diffusion_pytorch_model.safetensors"}
+    (config_file, weights_file), = weights_files.items()
+    config_path, path = find(name, config_file, weights_file)
+    config, where = read_config(config_path, path)
+    header = open_header(path)
+    shapes = {key: (header.get_slice(key).get_shape(), header.get_slice(key).get_dtype()) for key in header.keys()}
+    stored = sorted({dtype for _, dtype in shapes.values()})
+    count = lambda names: sum(prod(shapes[key][0]) for key in names)  # noqa: E731
+    print(f"{path}: {len(shapes)} tensors, {count(shapes):,} numbers, {os.path.getsize(path) / 1e6:,.1f} MB, {', '.join(stored)}")
+    if isinstance(config, dict) and config.get("_class_name"):
+        print(f"a VAE in diffusers' form: {config_from_diffusers(config, where)}")
+        return
+    tokenizer = FlexTok.from_pretrained(name, dtype=None)  # also checks every tensor
+    official = where == path or config.get("format") != "minFlexTok"
+    print(f"a FlexTok tokenizer in {'the official' if official else 'our'} form"
+          + (" (config in the file's metadata)" if where == path else ""))
+    for part, sizes in (("tokenizer", tokenizer.config), ("VAE", tokenizer.vae.config)):
+        print(f"  {part}: " + ", ".join(f"{f.name} {getattr(sizes, f.name)}" for f in fields(sizes)))
+    print("  parameters: " + ", ".join(f"{part} {sum(p.numel() for p in getattr(tokenizer, part).parameters()):,}"
+                                       for part in ("vae", "encoder", "decoder", "repa_head")))
+    for remark in unusual(tokenizer):
+        print(f"  unusual: {remark}")
+
+
+def unusual(tokenizer):
+    """What sets a tokenizer apart from the released ones, one phrase each."""
+    config, default = tokenizer.config, TokenizerConfig()
+    for part, depth, width, head_dim in (("encoder", config.enc_depth, config.enc_width, config.enc_head_dim),
+                                         ("decoder", config.dec_depth, config.dec_width, config.dec_head_dim)):
+        if (width, head_dim) != (64 * depth, 64):
+            yield f"{part} of depth {depth} has width {width} and head size {head_dim}, not {64 * depth} and 64"
+    for name in ("latent_channels", "grid", "patch_size", "registers", "levels", "max_timestep", "drop_quant_p", "corrupt_tokens_p"):
+        if getattr(config, name) != getattr(default, name):
+            yield f"{name} {getattr(config, name)}, not {getattr(default, name)}"
+    if config.repa_widths:
+        yield f"holds a REPA head (training only) of widths {config.repa_widths}"
+    if len({x.dtype for x in tokenizer.state_dict().values()}) > 1:
+        yield "tensors of several types"
+
+
+def convert(source, target):
+    """Read a tokenizer in one form and write it to the directory `target` in the other, every tensor as it is stored."""
+    if os.path.exists(target):
+        raise UserError(f"{target}: exists already; name a new directory")
+    config, _ = read_config(*find(source, "config.json", "model.safetensors"))
+    tokenizer = FlexTok.from_pretrained(source, dtype=None)
+    if isinstance(config, dict) and config.get("format") == "minFlexTok":
+        export_official(tokenizer, target)
+        print(f"wrote the official form to {target}")
+    else:
+        tokenizer.save_pretrained(target, None)
+        print(f"wrote our form to {target}")
+
+
+def main(argv=None):
+    words = from_cli(Command, argv=argv, positional="words").words
+    if len(words) == 2 and words[0] == "inspect":
+        return inspect(words[1])
+    if len(words) == 3 and words[0] == "convert":
+        return convert(*words[1:])
+    raise UserError(f"{' '.join(words) or 'no words'}: expected inspect CHECKPOINT, or convert IN OUT")
+
+
+if __name__ == "__main__":
+    command(main)
