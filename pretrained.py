@@ -202,7 +202,9 @@ def chain(config, part, where):
     """The encoder's or decoder's modules, {name: module}, in the order of execution."""
     modules = config[part].get("module_dict")
     if class_of(config[part]) != "SequentialModuleDictWrapper" or not isinstance(modules, dict):
-        raise UserError(f"{where}: {part} is {class_of(config[part])}, expected SequentialModuleDictWrapper with a module_dict")
+        raise UserError(f"{where}: {part} is {shown(class_of(config[part]))}, expected SequentialModuleDictWrapper with a module_dict")
+    if config[part].keys() - {"_target_", "module_dict"}:
+        raise UserError(f"{where}: {part} has the unknown {shown(*sorted(map(str, config[part].keys() - {'_target_', 'module_dict'}))[:1])}")
     return modules
 
 
@@ -228,7 +230,11 @@ def follow(modules, rows, holds, sizes, names, where):
         row = next((row for row in candidates if row[0] not in names and
                     all(held(module, key, holds) == want for key, want in row[2].items() if want is not None)), None)
         if row is None:
-            key, want = next((key, want) for key, want in candidates[0][2].items() if want is not None)
+            wrong = [[(key, want) for key, want in row[2].items() if want is not None and held(module, key, holds) != want]
+                     for row in candidates if row[0] not in names]
+            if not wrong:
+                raise UserError(f"{place} ({kind}) is one too many")
+            key, want = min(wrong, key=len)[0]
             raise UserError(f"{place} ({kind}) is out of order or wired in another way: its {key} holds "
                             f"{shown(held(module, key, holds))}, expected {shown(want)}")
         role, _, reads, writes, numbers, fixed = row
@@ -710,7 +716,7 @@ def receive(answer, part, size, label):
     """Append the answer's bytes to `part`, with one line of progress; stops as soon as there are more than `size`."""
     with open(part, "ab") as file:
         shown_at = 0.0
-        for chunk in answer.iter_content(2**20):
+        for chunk in answer.iter_content(2**16):  # if the connection breaks, the chunk under way is lost
             file.write(chunk)
             have = file.tell()
             if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
