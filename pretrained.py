@@ -16,19 +16,17 @@ VAE and GPT; this file is what they use for everything that is not ours.
 The official weights have licences of their own (research only); none of them are in this repository.
 """
 import ast
-import hashlib
 import os
 import re
-import sys
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import inf, prod
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import (UserError, command, from_cli, load_tensors, load_weights, read_json, replacing, save_tensors, write_json)
+from ar import GPT, GPTConfig, hidden_size
+from common import (HUB_NAME, UserError, command, find, from_cli, hub_file, load_tensors, load_weights, open_header, read_json,
+                    replacing, save_tensors, shown, write_json)
 from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
 from vae import VAE, VAEConfig, config_from_diffusers, modern_names
 
@@ -180,22 +178,16 @@ def follow_config(config, where):
     return TokenizerConfig(**sizes, **chances, levels=tuple(levels)), names
 
 
-def check_targets(value, where, depth=0):
+def check_targets(value, where, allowed=r"flextok(\.\w+)+|hydra\.utils\.get_method", depth=0):
     """Refuse every `_target_` and `path`, at any depth, that is no name of the official package; and a depth that is absurd."""
     if depth > 32:
         raise UserError(f"{where}: nested more than 32 levels deep")
     if isinstance(value, dict):
         for key in ("_target_", "path"):
-            if key in value and not (isinstance(value[key], str) and re.fullmatch(r"flextok(\.\w+)+|hydra\.utils\.get_method", value[key])):
+            if key in value and not (isinstance(value[key], str) and re.fullmatch(allowed, value[key])):
                 raise UserError(f"{where}: {key} {shown(value[key])} is nothing of the official package; nothing was run")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-        check_targets(item, where, depth + 1)
-
-
-def shown(value):
-    """A value from a file as it may stand in an error: short and on one line."""
-    text = re.sub(r"\s+", " ", repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+        check_targets(item, where, allowed, depth + 1)
 
 
 def chain(config, part, where):
@@ -395,16 +387,6 @@ def read_metadata(path):
     return config
 
 
-def open_header(path):
-    """A safetensors file whose header has been read and checked, and none of its tensors. Raises `UserError`."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError, MemoryError) as error:
-        raise UserError(f"{path}: not a valid safetensors file ({error})") from None
-
-
 def vae_config_of(wrapped, where):
     """The `vae` part of an official config -> `VAEConfig`. `where`: the file it is in; the VAE's own may lie beside it."""
     hub_path, scaling = wrapped.get("hf_hub_path"), wrapped.get("scaling_factor")
@@ -538,14 +520,17 @@ def official_config(config, vae_config):
     }
 
 
-def export_official(model, directory, dtype=None):
+def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_d18_d28_dfn"):
     """Write what the official code opens. dtype: of the weights; None is as they are.
 
     A `FlexTok`: config.json and model.safetensors (the hub form; the latter has the config in its metadata too, and alone
-    is the single-file form), vae/ (diffusers). A `VAE`: its diffusers directory.
+    is the single-file form), vae/ (diffusers). A `VAE`: its diffusers directory. A `GPT`: config.yaml and model.safetensors;
+    `tokenizer` is the hub name or path of the tokenizer whose tokens it writes. Raises UserError for what has no such form.
     """
     if isinstance(model, VAE):
         return model.save_pretrained(directory, dtype)
+    if isinstance(model, GPT):
+        return export_flexar(model, directory, dtype, tokenizer)
     config = {part: model.official[part] for part in PARTS} if still_describes(model) else official_config(model.config, model.vae.config)
     _, names = follow_config(config, directory)
     tensors = {official_name(name, names, model.config): x.T[None, None] if name == "decoder.positions" else x  # (K, D) -> (1, 1, D, K)
@@ -574,167 +559,291 @@ INITIAL = ("position_std", "code_std", "head_std")  # matter before training onl
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The Hugging Face hub: the same cache on disk as huggingface_hub, so that either finds what the other has fetched
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-RETRY_SECONDS = 1.0
+# FlexAR: the released priors
 
 
-def find(name, config_file, weights_file):
-    """(path of the config, path of the weights) of a checkpoint: a directory, its weights file, or a hub name."""
-    name = os.fspath(name)
-    if os.path.isfile(name):
-        return os.path.join(os.path.dirname(name), config_file), name
-    if not os.path.isdir(name) and HUB_NAME.fullmatch(name):
-        return hub_file(name, config_file), hub_file(name, weights_file)
-    config_path = os.path.join(name, config_file)
-    if not os.path.isdir(name):
-        raise UserError(f"{config_path}: there is no directory {name}, nor is that a name on the hub (owner/name)")
-    return config_path, os.path.join(name, weights_file)
+def read_flexar(name, device="cpu", dtype=torch.float32):
+    """A released prior (directory with config.yaml and model.safetensors, weights file, hub name) -> `GPT` in eval mode.
 
-
-def cache_directory():
-    """Where huggingface_hub keeps its files, by the same environment variables."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    home = os.environ.get("HF_HOME") or os.path.join(home, "huggingface")
-    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-
-
-def hub_file(repository, file):
-    """A file of a hub repository -> its path in the cache, downloaded if it is not there. Raises `UserError`.
-
-    models--OWNER--NAME/ refs/main (the commit's name)   blobs/ETAG (the contents)   snapshots/COMMIT/FILE -> ../../blobs/ETAG
+    dtype: None is as stored. The tokenizer's and T5's own weights may lie in the same file and are left out. Raises
+    UserError naming the file and the reason.
     """
-    cache, folder = cache_directory(), "models--" + repository.replace("/", "--")
-    reference = os.path.join(cache, folder, "refs", "main")
-    commit = open(reference).read().strip() if os.path.isfile(reference) else ""
-    path = os.path.join(cache, folder, "snapshots", commit or "none", file)
-    if os.path.exists(path):
-        return path
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"{repository}: {file} is not in the cache {cache}, and HF_HUB_OFFLINE forbids downloading it")
-    # the commit that is here already, if any: config and weights must belong together
-    commit, etag, size, url = hub_header(repository, file, commit or "main")
-    blob = os.path.join(cache, folder, "blobs", etag)
-    path = os.path.join(cache, folder, "snapshots", commit, file)
-    with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
-        if not os.path.isfile(blob):
-            fetch(url, blob, etag, size, f"{repository}/{file}")
-        if not os.path.exists(path):
-            with replacing(path) as temporary:
-                os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
-        if not os.path.isfile(reference):
-            with replacing(reference) as temporary, open(temporary, "w") as out:
-                out.write(commit)
-    return path
-
-
-def hub_header(repository, file, revision):
-    """Ask the hub for (commit, etag, size, address) of a file, without its contents. Raises `UserError`."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
-    for _ in range(5):
-        answer = ask("HEAD", url, allow_redirects=False)  # the hub's own answer has the headers, not the storage behind it
-        moved = answer.headers.get("Location", "")
-        if answer.status_code not in (301, 302, 307, 308) or not moved.startswith("/"):
-            break
-        url = endpoint + moved  # the repository has another name now
-    if answer.status_code in (401, 403):
-        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence at "
-                        f"{endpoint}/{repository} and put your access token into HF_TOKEN")
-    if answer.status_code >= 400:
-        raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
-    commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
-    etag, size = etag.removeprefix("W/").strip('"'), answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
-    # these become file names: only what the hub uses in them
-    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII) or not size.isdecimal():
-        raise UserError(f"{url}: the answer is not that of a Hugging Face hub (commit {shown(commit)}, etag {shown(etag)}, size {shown(size)})")
-    return commit, etag, int(size), url
-
-
-def ask(method, url, headers={}, **options):
-    """requests.request, with the token if there is one and without compression; no connection raises `UserError`."""
-    import requests
-    token = os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {}), **headers}
+    yaml_path, path = find(name, "config.yaml", "model.safetensors")
+    tensors, called = {}, {}
+    for official, tensor in unwrapped(load_tensors(path), path).items():
+        if "image_tokenizer" in official or "t5_embedder" in official:
+            continue
+        ours = official.replace("models.ar_image_model.", "", 1).replace("models.text_encoder.mlp.", "text_mlp.", 1)
+        if ours == official:
+            raise UserError(f"{path}: does not know what to do with tensor {official}; this is no FlexAR prior")
+        tensors[ours], called[ours] = tensor, official
+    yaml = read_yaml(yaml_path)
+    check_targets(yaml, yaml_path, r"(flextok_ar|flextok|l3m|torch\.nn)(\.\w+)+")
     try:
-        return requests.request(method, url, headers=headers, timeout=(10, 30), **options)
-    except (requests.RequestException, ValueError) as error:
-        raise UserError(f"{url}: cannot be reached ({type(error).__name__}); if this machine is offline, copy the files here and "
-                        f"name their directory") from None
+        fused = fuse_qkv(tensors)
+        config = flexar_config(tensors, yaml, path)
+        if config.depth > len(tensors):  # before as many blocks are built as a tensor's name claims
+            raise ValueError(f"a tensor of block {config.depth - 1}, but only {len(tensors)} tensors")
+        with torch.device("meta"):
+            model = GPT(config)
+    except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: does not describe a prior ({type(error).__name__}: {error})") from None
+    load_weights(model, tensors, path, device, dtype, called=called)
+    # kept for `export_official`; with another kind of attention layer it would no longer fit the tensors
+    model.official = "" if fused or not yaml else read_text(yaml_path)
+    return model.to(device).eval()
 
 
-@contextmanager
-def locked(path):
-    """Hold a lock file: of several processes that want the same file, one downloads it and the others wait."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        except ImportError:  # Windows
-            pass
-        yield
+def read_text(path):
+    """A configuration's text, of at most 1 MB."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(2**20)
 
 
-def fetch(url, path, etag, size, label):
-    """Download `size` bytes to `path`, going on where an earlier attempt broke off; they must have the digest that is their etag."""
-    import requests
-    part, failures = path + ".incomplete", 0
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    open(part, "ab").close()
-    if os.path.getsize(part) > size:
-        os.truncate(part, 0)
-    while (have := os.path.getsize(part)) < size:
-        if failures == 5:
-            raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again to go on from there")
-        problem = ""
-        try:
-            with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
-                if answer.status_code == 200 and have:  # no ranges here
-                    os.truncate(part, 0)
-                resumes = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                if answer.status_code != 200 and not resumes:
-                    problem = f"the server answered {answer.status_code}"
-                else:
-                    receive(answer, part, size, label)
-        except requests.RequestException as error:
-            problem = type(error).__name__
-        except UserError:
-            problem = "no connection"
-        if os.path.getsize(part) <= have:
-            failures += 1
-            time.sleep(RETRY_SECONDS * failures)
-    digest = file_digest(part, etag)
-    if os.path.getsize(part) != size or digest not in (None, etag):
-        os.remove(part)
-        raise UserError(f"{label}: what arrived is not the file (its digest or length is wrong); nothing was kept, try again")
-    os.replace(part, path)
+def fuse_qkv(tensors):
+    """Where self-attention has separate Wq, Wk and Wv, stack them into one qkv, in place. Returns whether there were any."""
+    separate = [name for name in tensors if re.search(r"blocks\.\d+\.(self_)?attn\.Wq\.", name)]
+    for name in separate:
+        parts = [tensors.pop(name.replace("Wq", letter)) for letter in ("Wq", "Wk", "Wv")]
+        tensors[name.replace("Wq", "qkv")] = torch.cat(parts)                     # (3D, D), or (3D,)
+    return bool(separate)
 
 
-def receive(answer, part, size, label):
-    """Append the answer's bytes to `part`, with one line of progress; stops as soon as there are more than `size`."""
-    with open(part, "ab") as file:
-        shown_at = 0.0
-        for chunk in answer.iter_content(2**16):  # if the connection breaks, the chunk under way is lost
-            file.write(chunk)
-            have = file.tell()
-            if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
-                print(f"\r{label}: {have / 1e6:,.0f} of {size / 1e6:,.0f} MB", end="\n" if have >= size else "", file=sys.stderr, flush=True)
-                shown_at = time.time()
-            if have > size:
-                return
+def flexar_config(tensors, yaml, path):
+    """Tensors and the configuration's text -> `GPTConfig`."""
+    def shape(name):
+        if name not in tensors:
+            raise UserError(f"{path}: lacks tensor {name}; this is no FlexAR prior")
+        return tensors[name].shape
+    def has(ending):
+        return any(name.endswith(ending) for name in tensors)
+
+    model = lookup(yaml, "model.meta_model.models")
+    trunk, prior = lookup(model, "ar_image_model.trunk"), lookup(model, "ar_image_model")
+    with_text = has("cross_attn.Wq.weight")
+    attention = lookup(trunk, "self_attn_target" if with_text else "attn_target")
+    for section in (trunk, attention, lookup(trunk, "cross_attn_target")):
+        if section.get("rope_pos_embed") not in (None, False):
+            raise UserError(f"{path}: its configuration asks for rotary positions, which are not supported")
+        if section.get("qk_norm") not in (None, False) and not has("q_norm.weight"):
+            raise UserError(f"{path}: its configuration asks for a qk_norm without weights, which is not supported")
+
+    vocab_size, width = shape("preprocessor.embedding.weight")
+    grid = lookup(prior, "preprocessor.token_grid_size")  # only needed where there is no table of positions
+    positions = "preprocessor.positional_embedding" in tensors
+    length = shape("preprocessor.positional_embedding")[0] if positions else int(grid.get("0", 256)) * int(grid.get("1", 1))
+    heads = int(attention.get("num_heads", width // 64))
+    norm, norm_eps = norm_of(tensors, "norm_1", lookup(trunk, "norm_layer"))
+    qk_norm, qk_norm_eps = norm_of(tensors, r"(?<!cross_)attn\.q_norm", lookup(attention, "qk_norm"))
+    cross_norm, cross_eps = norm_of(tensors, r"cross_attn\.q_norm", lookup(trunk, "cross_attn_target.qk_norm"))
+    text_gelu = lookup(model, "text_encoder.mlp.act_layer")
+    plain_gelu = "gelu_tanh" if lookup(trunk, "act_layer").get("approximate") == "tanh" and not with_text else "gelu"
+    gated = "geglu" if "geglu" in str(lookup(trunk, "ffn_target").get("_target_")).lower() else "swiglu"
+    return GPTConfig(
+        vocab_size=vocab_size, length=length, width=width, head_dim=width // heads,
+        depth=1 + max((int(name.split(".")[2]) for name in tensors if name.startswith("trunk.blocks.")), default=-1),
+        hidden=shape("trunk.blocks.0.mlp.fc1.weight")[0],
+        classes=shape("preprocessor.cls_embedding.weight")[0] if has("cls_embedding.weight") else 0,
+        text_width=shape("text_mlp.fc1.weight")[1] if with_text else 0,
+        cfg_scale=float(lookup(yaml, "generation").get("cfg_factor") or 1.0),
+        norm=norm, norm_eps=norm_eps, qk_norm=qk_norm, cross_qk_norm=cross_norm,
+        qk_norm_eps=qk_norm_eps if qk_norm else cross_eps,
+        activation=gated if has("mlp.fc3.weight") else plain_gelu,
+        attention_scale=float(attention.get("qk_scale") or 0.0),
+        text_activation="gelu" if text_gelu and text_gelu.get("approximate") != "tanh" else "gelu_tanh",
+        positions=positions, post_norm=has("post_trunk_norm.weight"), head_norm=has("head.norm.weight"),
+        biases=tuple(name for name, ending in [
+            ("qkv", "attn.qkv.bias"), ("mlp", "mlp.fc1.bias"), ("cross_qkv", "cross_attn.Wq.bias"), ("head", "head.linear.bias"),
+            ("cross_proj", "cross_attn.proj.bias"), ("text", "text_mlp.fc1.bias")] if has(ending))
+        + (("proj",) if any(re.search(r"(?<!cross_)attn\.proj\.bias$", name) for name in tensors) else ()))
 
 
-def file_digest(path, etag):
-    """The digest that an etag of this length is: sha256 for large files, git's sha1 for small ones; None if neither."""
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
-        return None
-    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def norm_of(tensors, pattern, section):
+    """Kind and eps of the norm whose tensors match `pattern`: a bias shows a LayerNorm, else the configuration's class decides."""
+    endings = {name.rsplit(".", 1)[1] for name in tensors if re.search(pattern + r"\.(weight|bias)$", name)}
+    layer = "bias" in endings or "LayerNorm" in str(section.get("_target_"))
+    if not endings:
+        return "", 1e-6
+    default = 1e-5 if not section or "torch.nn" in str(section.get("_target_")) else 1e-6  # of the classes
+    return "rms" if not layer else "layer" if "bias" in endings else "layer_nobias", float(section.get("eps", default))
+
+
+def lookup(tree, dotted):
+    """tree["a"]["b"] for "a.b", or {} where that is no section."""
+    for name in dotted.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
+
+
+def flexar_yaml(config, tokenizer):
+    """`GPTConfig` -> the official configuration as nested dicts. What no official option stands for raises UserError."""
+    biases, text = set(config.biases), config.text_width > 0
+
+    def refuse(what):
+        raise UserError(f"this prior cannot be written in the official form: {what} has no option there that is known")
+
+    def norm(kind, eps):
+        name = {"rms": "l3m.model.layers.normalization.RMSNorm", "layer": "l3m.model.layers.normalization.LayerNormFP32"}.get(kind)
+        return {"_target_": name or refuse(f"norm {kind}"), "_partial_": True, "eps": eps}
+
+    def attention(name, bias, qk_norm, **more):
+        return {"_target_": name, "_partial_": True, "dim": config.width, **more, "num_heads": config.width // config.head_dim,
+                "qkv_bias": bias in biases, **({"qk_norm": norm(qk_norm, config.qk_norm_eps)} if qk_norm else {})}
+
+    own = attention("l3m.model.layers.attention.EfficientAttention", "qkv", config.qk_norm, is_causal=True)
+    if config.attention_scale:
+        own["qk_scale"] = config.attention_scale
+    # the same switch for all of these
+    if len({name in biases for name in ("proj", "mlp", *(("cross_proj",) if text else ()))}) > 1:
+        refuse("a bias in some of proj, mlp and cross_proj only")
+    if config.activation == "geglu" or config.activation == "gelu_tanh" and text or config.head_norm or not config.positions:
+        refuse("geglu, a tanh GELU with text, a norm in the head, or a model without positions")
+    hidden, width = hidden_size(config), config.width
+    if config.activation == "swiglu":  # 2/3 · ratio · width, rounded up to multiple_of
+        ratio, multiple = next(((r, m) for r in (4, 3, 2, 1) for m in (256, 128, 64, 32, 16, 8, 1, hidden)
+                                if -(-int(2 / 3 * r * width) // m) * m == hidden), (0, 0))
+        ffn = {"_target_": "l3m.model.layers.ffn.SwiGLUFFN", "_partial_": True, "multiple_of": multiple or refuse(f"hidden {hidden}")}
+    else:
+        ratio, ffn = hidden // width if hidden % width == 0 else hidden / width, {"_target_": "l3m.model.layers.ffn.MLP", "_partial_": True}
+    gelu = {"_target_": "torch.nn.GELU", "_partial_": True}
+    trunk = {"read_key": "input_embeddings", "write_key": "output_embeddings", "embed_dim": width, "num_blocks": config.depth,
+             "mlp_ratio": ratio, "ffn_target": ffn, "norm_layer": norm(config.norm, config.norm_eps),
+             "weight_init_style": "fan_in_depth_scaled", "post_trunk_norm": config.post_norm, "use_bias": "proj" in biases}
+    if config.activation == "gelu_tanh":
+        trunk["act_layer"] = gelu | {"approximate": "tanh"}
+    if text:
+        trunk = {"_target_": "l3m.model.trunks.transformer_decoder.TransformerDecoder", **trunk, "encoder_output_key": "text_embeddings",
+                 "self_attn_mask_read_key": "text_embeddings_mask", "self_attn_target": own, "cross_attn_target": attention(
+                     "flextok_ar.model.attention.GeneralizedAttentionWithMask", "cross_qkv", config.cross_qk_norm, encoder_dim=width)}
+    else:
+        trunk = {"_target_": "l3m.model.trunks.transformer.Transformer", **trunk, "attn_target": own}
+    classes = {"num_classes": config.classes, "cond_dropout_prob": 0.1, "class_target_key": "target"} if config.classes else {}
+    text_encoder = {"text_encoder": {
+        "_target_": "flextok_ar.model.text_encoder.T5EmbedderWithMLP",
+        "t5_embedder": {"_target_": "flextok_ar.model.text_encoder.T5Embedder", "read_key": "text",
+                        "text_embeddings_write_key": "text_embeddings", "text_embeddings_mask_write_key": "text_embeddings_mask",
+                        "hf_hub_path": "google/flan-t5-xl", "encoder_seqlen_max": 512, "decoder_seqlen": config.length,
+                        "cond_dropout_p": 0.1},
+        "mlp": {"_target_": "flextok_ar.model.text_encoder.TextToEmbedMLP", "text_dim": config.text_width, "embed_dim": width,
+                "act_layer": gelu | ({"approximate": "tanh"} if config.text_activation == "gelu_tanh" else {}),
+                "use_bias": "text" in biases}}} if text else {}
+    return {
+        "model": {"meta_model": {"_target_": "l3m.model.meta_models.InSeriesMetaModels", "models": {
+            "image_tokenizer": {"_target_": "flextok_ar.model.integration.ImageResamplerTokenizer", "model_id": tokenizer,
+                                "read_key": "image", "write_key": "image_token_ids"},
+            **text_encoder,
+            "ar_image_model": {
+                "_target_": "l3m.model.meta_models.MetaModel",
+                "preprocessor": {
+                    "_target_": "flextok_ar.model.preprocessors.ARImageEmbedPreprocessor", "read_key": "image_token_ids",
+                    "write_key": ["input_embeddings", "target_token_ids"], "inference_read_key": "pred_image_token_ids",
+                    "token_grid_size": [config.length, 1], "codebook_size": config.vocab_size, "embed_dim": width,
+                    "pos_embed_type": "absolute", "init_style": "uniform", **classes},
+                "trunk": trunk,
+                "postprocessor": {"_target_": "torch.nn.Identity"},
+                "head": {"_target_": "l3m.model.heads.classifier.LinearClassifier", "read_key": "output_embeddings",
+                         "write_key": "pred_logits", "in_features": width, "out_features": config.vocab_size,
+                         "weight_init_style": "normal", "use_bias": "head" in biases}}}}},
+        "generation": {"model_type": "ar_text_to_image_model" if text else "ar_label_to_image_model", "sample": True,
+                       "temperature": 1.0, "top_k": 0, "top_p": 0.0, "cfg_factor": config.cfg_scale, "num_keep_tokens": config.length,
+                       "num_samples": 1, "timesteps": 25, "tokenizer_cfg_factor": 7.5, "tokenizer_perform_norm_guidance": True},
+        "decode": {"vae_image_sizes": 32}}
+
+
+def export_flexar(gpt, directory, dtype, tokenizer):
+    """A `GPT` -> config.yaml and model.safetensors, as released priors have them."""
+    if gpt.text_encoder is not None:
+        raise UserError("this prior reads captions through its own caption encoder; the official form knows only T5's states")
+    path = os.path.join(directory, "config.yaml")
+    tensors = gpt.state_dict()
+    text = gpt.official
+    if not text or flexar_config(tensors, parse_yaml(text, path), path) != gpt.config:
+        text = "\n".join(yaml_lines(flexar_yaml(gpt.config, tokenizer))) + "\n"
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    save_tensors(os.path.join(directory, "model.safetensors"), {
+        "models.text_encoder.mlp." + name.removeprefix("text_mlp.") if name.startswith("text_mlp.") else "models.ar_image_model." + name: x
+        for name, x in tensors.items()}, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# YAML, as far as these files use it
+
+
+def read_yaml(path):
+    """A configuration in block style -> nested dicts of str, int, float, bool and None; lists become dicts "0", "1", ...;
+    ${a.b} is replaced by what stands at a.b. {} if there is no such file."""
+    if not os.path.isfile(path):
+        return {}
+    return parse_yaml(read_text(path), path)
+
+
+def parse_yaml(text, path):
+    """The same from a text; `path` is for errors."""
+    root = {}
+    stack = [(-1.0, root)]  # (indentation, section) from the outermost to the innermost that is open
+    for line in text.splitlines():
+        content = re.sub(r"(^|\s)#.*$", "", line).rstrip()
+        if content.strip() in ("", "---"):
+            continue
+        indent, content = float(len(content) - len(content.lstrip())), content.strip()
+        if content.startswith("- ") or content == "-":
+            while stack[-1][0] >= indent + 0.5:  # items may stand right below their key: half a step further in
+                stack.pop()
+            section, content = stack[-1][1], content[1:].strip()
+            if not re.match(r"[\w.]+:(\s|$)", content):
+                section[str(len(section))] = scalar(content)
+                continue
+            section[str(len(section))] = item = {}
+            stack.append((indent + 0.5, item))
+            indent += 2
+        while stack[-1][0] >= indent:
+            stack.pop()
+        name, colon, value = content.partition(":")
+        if not colon:
+            raise UserError(f"{path}: cannot read the line {shown(line.strip())}")
+        stack[-1][1][name.strip("\"' ")] = value = scalar(value.strip()) if value.strip() else {}
+        if value == {}:
+            stack.append((indent, value))
+        if len(stack) > 64:
+            raise UserError(f"{path}: nested more than 64 levels deep")
+    return resolve(root, root)
+
+
+def yaml_lines(value, indent=""):
+    """Nested dicts, with lists of plain values, -> the lines of a YAML text in block style."""
+    for name, item in value.items():
+        if isinstance(item, dict):
+            yield f"{indent}{name}:"
+            yield from yaml_lines(item, indent + "  ")
+        elif isinstance(item, list):
+            yield f"{indent}{name}:"
+            yield from (f"{indent}- {entry}" for entry in item)
+        else:  # a number like 1e-05 needs its point, or YAML takes it for text
+            text = re.sub(r"^(-?\d+)e", r"\1.0e", str(item)) if isinstance(item, float) else str(item)
+            yield f"{indent}{name}: {text.lower() if isinstance(item, bool) else text}"
+
+
+def scalar(text):
+    """The value of a YAML scalar."""
+    if re.fullmatch(r"[-+]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+        return float(text)
+    return {"true": True, "false": False, "null": None, "~": None}.get(text.lower(), text.strip("\"'"))
+
+
+def resolve(tree, root):
+    """Replace every string "${a.b}" by the value at a.b of `root`, once."""
+    if isinstance(tree, dict):
+        return {name: resolve(value, root) for name, value in tree.items()}
+    found = re.fullmatch(r"\$\{([\w.]+)\}", tree) if isinstance(tree, str) else None
+    if not found:
+        return tree
+    value = root
+    for name in found[1].split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ import pretrained
 import sample
 import train_tokenizer
 import vae as vae_module
+from ar import GPT, GPTConfig, cross_entropy, probabilities
 from common import (Run, UserError, fit, from_cli, learning_rate, make_ema, psnr, read_image, replacing, save_grid, to_image,
                     to_tensor)
 from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, contrast, list_files, open_data, split_paths,
@@ -43,6 +44,7 @@ from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, round_up_to_pow2, sample_k,
                    sincos_2d, unpatchify)
 from pretrained import export_official
+from text import CaptionConfig, CaptionEncoder
 from vae import VAE, Posterior, VAEConfig, VAETrainConfig, adaptive_weight, config_from_diffusers, hinge_loss, spread
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1370,6 +1372,263 @@ def test_ctrl_c_and_sigterm_save_and_a_half_written_file_never_shows(tmp_path, t
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# ar: catches a cache that shifts by one, a class that leaks into the unconditional half, a text mask that is ignored, a loss
+# whose gradient is not that of the plain one, and any difference from the released models.
+
+
+def small_gpt(seed=0, **changes):
+    """A prior with all weights random, the head too."""
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=50, length=12, width=32, depth=2, head_dim=16, hidden=48, classes=4)
+    gpt = GPT(GPTConfig(**{**settings, **changes}), CaptionEncoder(CaptionConfig(width=24, depth=1, head_dim=12)) if
+              changes.get("text_width") else None)
+    torch.nn.init.normal_(gpt.head.linear.weight, std=0.5)
+    return gpt.eval()
+
+
+CONDITIONS = [dict(), dict(classes=0), dict(text_width=24), dict(classes=0, text_width=24), dict(norm="layer", activation="gelu",
+              qk_norm="rms", biases=("qkv", "proj", "mlp", "head"), positions=False, head_norm=True, post_norm=False)]
+
+
+def condition_of(gpt, B):
+    """Some labels and some text, as far as the model knows them."""
+    labels = torch.arange(B) % 4 if gpt.config.classes else None
+    text, mask = gpt.encode_text((["red", "a blue star", ""] * B)[:B]) if gpt.config.text_width else (None, None)
+    return dict(labels=labels, text=text, text_mask=mask)
+
+
+@pytest.fixture(scope="module", params=["c2i", "c2i_alt", "t2i"])
+def flexar(request):
+    """(the released form read by our loader, expected tensors, meta.json, conditions, no conditions)."""
+    name = request.param
+    directory = next((d for d in (f"{HERE}/golden/flexar_{name}", f"{HERE}/../shared/golden/flexar/{name}") if os.path.isdir(d)), None)
+    if directory is None:
+        pytest.skip(f"flexar {name} is not here (not shipped with the repository)")
+    expected = load_file(f"{directory}/io.safetensors")
+    if name == "t2i":
+        cond, uncond = (dict(text=expected[f"{which}.t5_embeddings"], text_mask=expected[f"{which}.text_mask"].bool())
+                        for which in ("cond", "uncond"))
+    else:
+        cond, uncond = dict(labels=expected["class_ids"].long()), dict(labels=torch.full_like(expected["class_ids"].long(), -1))
+    return GPT.from_pretrained(directory), expected, json.load(open(f"{directory}/meta.json")), cond, uncond
+
+
+@torch.no_grad()
+def test_official_prior_gives_its_logits(flexar):
+    gpt, expected, meta, cond, uncond = flexar
+    tokens = expected["token_ids"].long()
+    for which, condition in (("cond", cond), ("uncond", uncond)):
+        assert (gpt(tokens, **condition) - expected[f"{which}.logits"]).abs().max() < 5e-5
+    mean, each = gpt.loss(tokens, **cond)
+    assert abs(mean.item() - meta["ce_loss_mean"]) < 1e-4 and torch.allclose(each.mean(), mean)
+
+
+def test_official_prior_writes_its_tokens(flexar):
+    gpt, expected, meta, cond, uncond = flexar
+    fixed = "" if gpt.config.text_width else "_fixed"  # the released code guides classes away from class 0, by a mistake
+    null = dict(null_text=uncond["text"][:1, uncond["text_mask"][0]]) if gpt.config.text_width else {}
+    assert gpt.config.cfg_scale == meta["cfg"]
+    for name, k, scale in ((f"greedy16_cfg{fixed}", 16, meta["cfg"]), (f"greedy_full_cfg{fixed}", 24, meta["cfg"]), ("greedy16_nocfg", 16, 1.0)):
+        assert torch.equal(gpt.generate(**cond, **null, k=k, cfg_scale=scale, temperature=0), expected[name].long()), name
+
+
+def test_official_sampling_filters(flexar):
+    expected = flexar[1]
+    names = [name for name in expected if name.startswith("filter.T")]
+    assert len(names) >= 7
+    for name in names:
+        temperature, top_k, top_p = re.fullmatch(r"filter\.T(.+)_k(.+)_p(.+)", name).groups()
+        ours = probabilities(expected["filter.logits"], float(temperature), int(top_k), float(top_p))
+        assert torch.allclose(ours, expected[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("changes", CONDITIONS)
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_a_full_pass(changes):
+    gpt = small_gpt(**changes)
+    tokens = torch.randint(50, (3, 12))
+    condition = condition_of(gpt, 3)
+    full, seen = gpt(tokens, **condition), []
+    def force(logits):  # teacher forcing: write the given tokens and keep the logits
+        seen.append(logits)
+        return tokens[:, len(seen) + prefix - 1, None]
+    for prefix in (0, 5):
+        seen.clear()
+        written = list(gpt.write(tokens[:, :prefix], *condition.values(), 12, 1.0, None, False, force))
+        assert torch.equal(written[-1], tokens) and [w.shape[1] for w in written] == list(range(prefix + 1, 13))
+        assert (torch.stack(seen, 1) - full[:, prefix:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("changes", CONDITIONS)
+@torch.no_grad()
+def test_output_i_does_not_see_token_i_or_later_ones(changes):
+    gpt = small_gpt(**changes)
+    tokens, condition = torch.randint(50, (2, 12)), condition_of(gpt, 2)
+    before = gpt(tokens, **condition)
+    for i in range(12):
+        changed = tokens.clone()
+        changed[:, i] = (changed[:, i] + 1) % 50
+        after = gpt(changed, **condition)
+        assert torch.equal(after[:, :i + 1], before[:, :i + 1])
+        assert i == 11 or (after[:, i + 1:] != before[:, i + 1:]).any(-1).all()
+
+
+@torch.no_grad()
+def test_every_condition_is_heard_and_its_absence_is_one_thing():
+    gpt = small_gpt(text_width=24)
+    tokens = torch.randint(50, (1, 12)).expand(4, -1)
+    by_class = gpt(tokens, labels=torch.arange(4))
+    assert all((by_class[i] - by_class[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+    assert torch.equal(gpt(tokens, labels=torch.full((4,), -1)), gpt(tokens))
+    states, mask = gpt.encode_text(["red", "a much longer caption", "", "Größe"])
+    together = gpt(tokens, text=states, text_mask=mask)
+    for i, caption in enumerate(["red", "a much longer caption", "", "Größe"]):
+        alone, whole = gpt.encode_text([caption])
+        assert torch.allclose(gpt(tokens[:1], text=alone, text_mask=whole)[0], together[i], atol=1e-5)  # padding changes nothing
+    assert torch.allclose(together[2], gpt(tokens[:1])[0], atol=1e-5)  # no text is the empty caption
+    assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+def test_labels_are_never_written_to_and_every_unconditional_half_is_unconditional():
+    gpt, seen = small_gpt(), []
+    labels = torch.tensor([2, -1])
+    read = gpt.read
+    gpt.read = lambda *args: seen.append(read(*args)) or seen[-1]
+    tokens = gpt.generate(labels=labels, cfg_scale=2.0, temperature=0)
+    assert labels.tolist() == [2, -1]
+    for i, logits in enumerate(seen):
+        cond, uncond = logits.chunk(2)
+        assert torch.allclose(uncond, gpt(tokens)[:, i], atol=1e-5)
+        assert torch.allclose(cond[1], uncond[1], atol=1e-6)  # asked for no class
+    assert len(seen) == 12
+
+
+def test_guidance_goes_from_unconditional_over_conditional_and_beyond():
+    gpt = small_gpt()
+    labels = torch.tensor([1, 3])
+    expected = gpt(torch.zeros(2, 1, dtype=torch.long)) + 2.5 * (gpt(torch.zeros(2, 1, dtype=torch.long), labels=labels)
+                                                                  - gpt(torch.zeros(2, 1, dtype=torch.long)))
+    assert torch.equal(gpt.generate(labels=labels, k=1, cfg_scale=2.5, temperature=0), expected[:, 0].argmax(-1, keepdim=True))
+    assert torch.equal(gpt.generate(labels=labels, cfg_scale=0.0, temperature=0), gpt.generate(n=2, temperature=0))
+
+
+def test_streams_and_prefixes_are_the_tokens_that_generate_gives():
+    gpt = small_gpt(text_width=24)
+    condition = condition_of(gpt, 3)
+    def draw(**more):
+        return gpt.generate(**condition, cfg_scale=1.5, top_k=20, generator=torch.Generator().manual_seed(3), **more)
+    tokens = draw()
+    assert tokens.shape == (3, 12) and tokens.dtype == torch.long and torch.equal(draw(), tokens)
+    assert torch.equal(draw(k=5), tokens[:, :5])
+    streamed = list(draw(stream=True))
+    assert len(streamed) == 12 and all(torch.equal(part, tokens[:, :i + 1]) for i, part in enumerate(streamed))
+    greedy = gpt.generate(**condition, temperature=0)
+    assert torch.equal(gpt.generate(**condition, temperature=0, prefix=greedy[:, :7]), greedy)
+    assert torch.equal(gpt.generate(**condition, top_k=1), greedy)
+
+
+def test_compiled_steps_write_the_same_tokens():
+    gpt = small_gpt()
+    labels = torch.tensor([0, 3])
+    gpt.compiled_step = torch.compile(gpt.step, backend="aot_eager", fullgraph=True, dynamic=False)  # inductor takes a minute here
+    counter = torch._dynamo.utils.counters["stats"]
+    before = counter["unique_graphs"]
+    for _ in range(2):
+        assert torch.equal(gpt.generate(labels=labels, cfg_scale=2.0, temperature=0, compile=True),
+                           gpt.generate(labels=labels, cfg_scale=2.0, temperature=0))
+    assert counter["unique_graphs"] - before == 1  # no recompilation, at no position and in no second call
+
+
+@pytest.mark.parametrize("call, words", [
+    (dict(k=0), "k=0: expected 1 to 12"), (dict(k=13), "k=13: expected 1 to 12"), (dict(temperature=-1.0), "temperature=-1.0"),
+    (dict(text=torch.zeros(1, 2, 24)), "not made for text"), (dict(prefix=torch.zeros(1, 12, dtype=torch.long)), "expected 13 to 12")])
+def test_generate_refuses_what_it_cannot_do(call, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        small_gpt().generate(**call)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_the_chunked_loss_is_the_plain_one(bias, chunk):
+    torch.manual_seed(0)
+    def inputs():
+        torch.manual_seed(1)
+        return [torch.randn(64, 16, requires_grad=True), torch.randn(90, 16, requires_grad=True)] + (
+            [torch.randn(90, requires_grad=True)] if bias else [None])
+    targets = torch.randint(90, (64,))
+    plain, ours = inputs(), inputs()
+    want = F.cross_entropy(F.linear(*plain), targets, reduction="none")
+    (want.mean() * 3).backward()
+    mean, each = cross_entropy(*ours, targets, chunk)
+    (mean * 3).backward()
+    assert torch.allclose(each, want, atol=1e-5) and torch.allclose(mean, want.mean(), atol=1e-6) and not each.requires_grad
+    for a, b in zip(ours, plain):
+        assert a is None or torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+def test_the_chunked_loss_under_autocast_is_the_plain_one_under_autocast():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(64, 16), torch.randn(90, 16), torch.randint(90, (64,))
+    grads = []
+    for loss_of in (lambda h, w: F.cross_entropy(F.linear(h, w).float(), targets), lambda h, w: cross_entropy(h, w, None, targets, 10)[0]):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(h, w)
+        loss.backward()
+        grads.append((loss.item(), h.grad, w.grad))
+    assert abs(grads[0][0] - grads[1][0]) < 1e-2 and grads[1][1].dtype == torch.float32
+    for a, b in zip(grads[0][1:], grads[1][1:]):
+        assert (a - b).norm() < 0.02 * a.norm()
+
+
+def test_the_first_loss_is_that_of_a_guess():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=64_000, length=4, width=32, depth=1, head_dim=16))
+    mean, each = gpt.loss(torch.randint(64_000, (2, 4)))
+    assert abs(mean.item() - math.log(64_000)) < 1e-4 and each.shape == (2, 4)
+
+
+def test_a_saved_prior_is_read_back_and_broken_ones_are_refused(tmp_path):
+    gpt = small_gpt(text_width=24, biases=("head",))
+    gpt.save_pretrained(tmp_path, note="kept")
+    again = GPT.from_pretrained(str(tmp_path))
+    tokens = torch.randint(50, (2, 12))
+    condition = condition_of(gpt, 2)
+    assert again.config == gpt.config and torch.equal(again(tokens, **condition), gpt(tokens, **condition))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (({"format": "other"}, "not a minFlexTok prior"), ({"prior": {**config["prior"], "width": 31}}, "does not describe a prior"),
+                          ({"prior": {**config["prior"], "activation": "relu"}}, "relu"), ({"prior": {"wheels": 4}}, "wheels"),
+                          ({"prior": {**config["prior"], "depth": 3}}, "lacks tensor")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=words):
+            GPT.from_pretrained(str(tmp_path))
+
+
+def test_yaml_references_lists_and_comments_are_read(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "constants: {}\nsizes:\n  width: 96  # of it\n  eps: 1.0e-05\n\nmodel:\n  dim: ${sizes.width}\n  keys:\n  - a\n  - name: b\n"
+        "    size: 3\n  flag: false\n  nothing: null\n  word: 'a: b'\n  missing: ${sizes.height}\n")
+    assert pretrained.read_yaml(str(tmp_path / "config.yaml")) == {
+        "constants": "{}", "sizes": {"width": 96, "eps": 1e-5},
+        "model": {"dim": 96, "keys": {"0": "a", "1": {"name": "b", "size": 3}}, "flag": False, "nothing": None, "word": "a: b", "missing": None}}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# text: catches bytes that are lost, captions cut inside END, padding that is looked at.
+
+
+def test_captions_become_bytes_with_an_end():
+    encoder = CaptionEncoder(CaptionConfig(max_bytes=6))
+    ids, mask = encoder.tokenize(["ab", "größer", ""])
+    assert ids.tolist() == [[97, 98, 256, 0, 0, 0, 0], [103, 114, 195, 182, 195, 159, 256], [256, 0, 0, 0, 0, 0, 0]]
+    assert mask.sum(1).tolist() == [3, 7, 1]
+    states, same = encoder(ids, mask)
+    assert states.shape == (3, 7, 128) and torch.equal(same, mask)
+    ids[0, 4] = 77  # behind the mask
+    assert torch.equal(encoder(ids, mask)[0][0, :3], states[0, :3])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # pretrained: catches a tensor renamed wrongly or left out, a config taken for granted instead of read, an option that is
 # silently ignored, a file that makes us run or allocate something, half a download under its final name.
 
@@ -1656,6 +1915,63 @@ def test_a_vae_is_read_from_its_directory_or_its_weights_file_and_exported_as_it
         VAE.from_pretrained("gone")
 
 
+def test_a_released_prior_goes_to_our_form_and_back_unchanged(flexar, tmp_path):
+    gpt = flexar[0]
+    name = "t2i" if gpt.config.text_width else "c2i_alt" if gpt.config.norm == "layer" else "c2i"
+    directory = next(d for d in (f"{HERE}/golden/flexar_{name}", f"{HERE}/../shared/golden/flexar/{name}") if os.path.isdir(d))
+    before = {name: x for name, x in load_file(f"{directory}/model.safetensors").items() if "image_tokenizer" not in name}
+    gpt.save_pretrained(str(tmp_path / "ours"))
+    export_official(GPT.from_pretrained(str(tmp_path / "ours")), str(tmp_path / "again"))
+    assert same_tensors(load_file(tmp_path / "again/model.safetensors"), before)
+    assert (tmp_path / "again/config.yaml").read_text() == open(f"{directory}/config.yaml").read()
+    # written from sizes alone, it says the same but for what the sizes do not tell
+    theirs, ours = pretrained.read_yaml(f"{directory}/config.yaml"), pretrained.flexar_yaml(gpt.config, "EPFL-VILAB/flextok_d18_d28_dfn")
+    ours = pretrained.parse_yaml("\n".join(pretrained.yaml_lines(ours)), "ours")
+    def leaves(tree, path=()):
+        return {leaf for name, value in tree.items() for leaf in (leaves(value, (*path, name)) if isinstance(value, dict) else [(*path, name, value)])}
+    differing = {leaf[-2] for leaf in leaves(theirs) ^ leaves(ours)}
+    assert differing <= {"multiple_of", "pos_embed_type", "encoder_seqlen_max"}
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(classes=0, text_width=24), dict(norm="layer", activation="gelu", qk_norm="rms",
+                         biases=("qkv", "mlp", "proj", "head"), post_norm=False), dict(hidden=0, attention_scale=0.1), dict(activation="gelu_tanh")])
+@torch.no_grad()
+def test_a_prior_made_here_computes_the_same_after_export_and_import(tmp_path, changes):
+    gpt = small_gpt(**changes)
+    condition, gpt.text_encoder = condition_of(gpt, 2), None
+    export_official(gpt, str(tmp_path), tokenizer="a/b")
+    assert "model_id: a/b\n" in (tmp_path / "config.yaml").read_text()
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        again, tokens = GPT.from_pretrained(str(path)), torch.randint(50, (2, 12))
+        assert torch.equal(again(tokens, **condition), gpt(tokens, **condition))
+        assert dataclasses.replace(again.config, hidden=gpt.config.hidden, biases=gpt.config.biases) == gpt.config
+    with pytest.raises(UserError, match="caption encoder"):
+        export_official(small_gpt(text_width=24), str(tmp_path))
+    with pytest.raises(UserError, match="geglu"):
+        export_official(small_gpt(activation="geglu"), str(tmp_path))
+
+
+def test_a_prior_whose_files_are_broken_or_hostile_is_refused(tmp_path):
+    source = f"{HERE}/golden/flexar_c2i_alt"
+    text, tensors, prefix = open(f"{source}/config.yaml").read(), load_file(f"{source}/model.safetensors"), "models.ar_image_model."
+    for changed, more, words in (
+            (text.replace("torch.nn.Identity", "os.system"), {}, "config.yaml: _target_ 'os.system' is nothing of the official package"),
+            (text + "".join(" " * i + "a:\n" for i in range(5000)), {}, "nested"), ("no yaml", {}, "cannot read the line"),
+            (text.replace("num_heads: 2", "num_heads: 0"), {}, "ZeroDivisionError"), (text.replace("num_heads: 2", "num_heads: x"), {}, "ValueError"),
+            (text, {prefix + "trunk.blocks.999999999.norm_1.weight": torch.zeros(64)}, "only"),
+            (text, {prefix + "trunk.blocks.x.norm_1.weight": torch.zeros(64)}, "does not describe"),
+            (text, {prefix + "head.linear.bias": torch.full((120,), math.nan)}, "models.ar_image_model.head.linear.bias holds NaN"),
+            (text, {prefix + "head.linear.bias": torch.zeros(120, dtype=torch.int64)}, "torch.int64"),
+            (text, {prefix + "head.more": torch.zeros(1)}, "unexpected tensor models.ar_image_model.head.more"),
+            (text, {"models.other.weight": torch.zeros(1)}, "models.other.weight; this is no FlexAR prior"),
+            (text, {prefix + "preprocessor.embedding.weight": torch.zeros(3)}, "does not describe")):
+        (tmp_path / "config.yaml").write_text(changed)
+        save_file({**tensors, **more}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError) as caught:
+            GPT.from_pretrained(str(tmp_path))
+        assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
 def test_the_command_line_says_what_a_checkpoint_is(capsys, tmp_path):
     pretrained.main(["inspect", f"{HERE}/golden/flextok_tiny"])
     text = capsys.readouterr().out
@@ -1730,7 +2046,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pretrained, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(common, "RETRY_SECONDS", 0.0)
     source = f"{HERE}/golden/vae_c4"
     Hub.files = {name: open(f"{source}/{name}", "rb").read() for name in ("config.json", WEIGHTS)}
     yield Hub
@@ -1766,10 +2082,10 @@ def test_a_hub_name_is_downloaded_once_into_the_layout_of_hugging_face(hub, tmp_
 
 @pytest.mark.parametrize("faults, gets", [(["drop"], 2), (["drop", "drop", 503, "drop"], 5), (["short"], 2), (["drop", "no ranges"], 2)])
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, faults, gets):
-    pretrained.hub_file("a/b", "config.json")
+    common.hub_file("a/b", "config.json")
     hub.seen.clear()
     hub.faults[:] = faults
-    path = pretrained.hub_file("a/b", WEIGHTS)
+    path = common.hub_file("a/b", WEIGHTS)
     assert open(path, "rb").read() == hub.files[WEIGHTS]
     spans = [span for kind, _, span in hub.seen if kind == "GET"]
     assert len(spans) == gets and spans[0] is None and all(span.startswith("bytes=") for span in spans[1:])
@@ -1806,14 +2122,14 @@ def test_a_repository_that_is_gated_absent_or_out_of_reach_is_explained(hub, tmp
 
 def test_two_processes_that_ask_at_once_download_once(hub, tmp_path):
     hub.faults[:] = [None, "drop"]
-    pretrained.hub_file("a/b", "config.json")
-    running = [multiprocessing.get_context("fork").Process(target=pretrained.hub_file, args=("a/b", WEIGHTS)) for _ in range(2)]
+    common.hub_file("a/b", "config.json")
+    running = [multiprocessing.get_context("fork").Process(target=common.hub_file, args=("a/b", WEIGHTS)) for _ in range(2)]
     for process in running:
         process.start()
     for process in running:
         process.join(60)
     assert [process.exitcode for process in running] == [0, 0]
-    assert open(pretrained.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[WEIGHTS]
+    assert open(common.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[WEIGHTS]
     assert sum(kind == "GET" and WEIGHTS in path for kind, path, _ in hub.seen) == 2  # one attempt that dropped, one that went on
 
 

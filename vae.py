@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, from_cli, init_distributed,
+from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, find, from_cli, init_distributed,
                     learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr, read_json, save_grid,
                     save_resume, save_tensors, seed_step, to_float, write_json)
 from data import batches, open_data, spread
@@ -274,12 +274,7 @@ class VAE(nn.Module):
 
         dtype: of the weights; None is as stored. Raises `UserError` if unfit.
         """
-        weights_file = "diffusion_pytorch_model.safetensors"
-        if os.path.isdir(name):
-            config_path, weights_path = (os.path.join(name, file) for file in ("config.json", weights_file))
-        else:
-            from pretrained import find
-            config_path, weights_path = find(name, "config.json", weights_file)
+        config_path, weights_path = find(name, "config.json", "diffusion_pytorch_model.safetensors")
         config = config_from_diffusers(read_json(config_path), config_path)
         with torch.device("meta"):  # shapes without memory, until the weights come
             vae = cls(config)
