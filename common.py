@@ -204,8 +204,10 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Read a JSON file; a missing or broken one raises `UserError` naming it."""
+    """Read a JSON file; a missing, broken or enormous one raises `UserError` naming it."""
     try:
+        if os.path.getsize(path) > 2**30:
+            raise UserError(f"{path}: larger than 1 GiB, which no JSON file of ours is")
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except OSError as error:
@@ -419,15 +421,18 @@ def hub_file(repository, file):
     commit, etag, size, url = hub_header(repository, file, commit or "main")
     blob = os.path.join(cache, folder, "blobs", etag)
     path = os.path.join(cache, folder, "snapshots", commit, file)
-    with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
-        if not os.path.isfile(blob):
-            fetch(url, blob, etag, size, f"{repository}/{file}")
-        if not os.path.exists(path):
-            with replacing(path) as temporary:
-                os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
-        if not os.path.isfile(reference):
-            with replacing(reference) as temporary, open(temporary, "w") as out:
-                out.write(commit)
+    try:
+        with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
+            if not os.path.isfile(blob):
+                fetch(url, blob, etag, size, f"{repository}/{file}")
+            if not os.path.exists(path):
+                with replacing(path) as temporary:
+                    os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
+            if not os.path.isfile(reference):
+                with replacing(reference) as temporary, open(temporary, "w") as out:
+                    out.write(commit)
+    except OSError as error:  # no space, no permission
+        raise UserError(f"{cache}: {repository}/{file} cannot be stored there ({error.strerror or error})") from None
     return path
 
 
@@ -480,7 +485,7 @@ def locked(path):
 
 def fetch(url, path, etag, size, label):
     """Download `size` bytes to `path`, going on where an earlier attempt broke off; they must have the digest that is their etag."""
-    part, failures = path + ".incomplete", 0
+    part, failures, problem = path + ".incomplete", 0, ""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     open(part, "ab").close()
     if os.path.getsize(part) > size:
@@ -488,7 +493,7 @@ def fetch(url, path, etag, size, label):
     while (have := os.path.getsize(part)) < size:
         if failures == 5:
             raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again to go on from there")
-        problem = ""
+        problem = "closed too early"
         try:
             with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
                 if answer.status_code == 200 and have:  # no ranges here

@@ -18,15 +18,14 @@ The official weights have licences of their own (research only); none of them ar
 import ast
 import os
 import re
-from dataclasses import dataclass, fields
-from math import inf, prod
+from dataclasses import dataclass, fields, replace
+from math import inf
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ar import GPT, GPTConfig, hidden_size
-from common import (HUB_NAME, UserError, command, find, from_cli, hub_file, load_tensors, load_weights, open_header, read_json,
-                    replacing, save_tensors, shown, write_json)
+from common import (HUB_NAME, UserError, command, find, from_cli, hub_file, load_tensors, load_weights, open_header,
+                    read_json, replacing, save_tensors, shown, write_json)
 from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
 from vae import VAE, VAEConfig, config_from_diffusers, modern_names
 
@@ -106,7 +105,7 @@ NOISE = [("noise", "MinRFNoiseModule", {"clean_images_read_key": "latents"},
 PIPELINE = [("pipeline", "MinRFPipeline", {"latents_read_key": "codes", "timesteps_read_key": "t", "reconst_write_key": "velocity",
                                            "noised_images_read_key": "noised latents"}, {},
              {"out_channels": "latent_channels"}, {"_partial_": True})]
-WRAPPED_VAE = [("vae", "StableDiffusionVAE", {"vae_latents_read_key": "velocity"}, {}, {"latent_channels": "latent_channels"}, {})]
+WRAPPED_VAE = [("vae", "StableDiffusionVAE", {}, {"vae_latents_write_key": "latents"}, {"latent_channels": "latent_channels"}, {})]
 
 OPTIONAL = ("dec_repa_unpacker", "dec_repa")         # the REPA branch: training only
 OPTIONAL_KEYS = ("emb_packing_fn_write_key", "intermediate_layer_write_key")
@@ -138,7 +137,7 @@ OPTIONS = {
             "apply_corrupt_tokens_p": ANY, "packed_call": ANY},  # the numbers among them are read below
     "MinRFNoiseModule": {"ln": ANY, "stratisfied": ANY, "mode_scale": ANY, "noise_read_key": ANY},
     "MinRFPipeline": {"noise_read_key": ANY, "target_sizes_read_key": ANY},
-    "StableDiffusionVAE": {"images_read_key": ANY, "vae_latents_write_key": ANY, "images_reconst_write_key": ANY,
+    "StableDiffusionVAE": {"images_read_key": ANY, "vae_latents_read_key": ANY, "images_reconst_write_key": ANY,
                            "vae_kl_loss_write_key": ANY, "scaling_factor": ANY, "dtype_override": ANY, "hf_hub_path": ANY,
                            "sample_posterior": ANY, "force_vae_encode": ANY, "frozen": ANY},
 }
@@ -156,13 +155,14 @@ def follow_config(config, where):
     unknown = sorted(map(str, config.keys() - {*PARTS, "_target_"}))
     if unknown:
         raise UserError(f"{where}: unknown part {unknown[0]}")
-    holds = {config["vae"].get("vae_latents_write_key"): "latents"} if isinstance(config["vae"].get("vae_latents_write_key"), str) else {}
-    names, sizes = {}, {}
+    holds, names, sizes = {}, {}, {}
     for rows, modules in (
-            (ENCODER, chain(config, "encoder", where)), (REGULARIZER, {"regularizer": config["regularizer"]}),
+            (WRAPPED_VAE, {"vae": config["vae"]}), (ENCODER, chain(config, "encoder", where)), (REGULARIZER, {"regularizer": config["regularizer"]}),
             (NOISE, {"flow_matching_noise_module": config["flow_matching_noise_module"]}),
-            (DECODER, chain(config, "decoder", where)), (PIPELINE, {"pipeline": config["pipeline"]}), (WRAPPED_VAE, {"vae": config["vae"]})):
+            (DECODER, chain(config, "decoder", where)), (PIPELINE, {"pipeline": config["pipeline"]})):
         follow(modules, rows, holds, sizes, names, where)
+    if held(config["vae"], "vae_latents_read_key", holds) != "velocity":  # after sampling, the same entry has the latents
+        raise UserError(f"{where}: vae: its vae_latents_read_key is not what the decoder writes")
     fsq = config["regularizer"]
     levels = fsq.get("levels")
     if not isinstance(levels, (list, tuple)) or not all(type(n) is int and 2 <= n <= 64 for n in levels) or len(levels) != sizes.pop("L"):
@@ -232,7 +232,7 @@ def follow(modules, rows, holds, sizes, names, where):
         role, _, reads, writes, numbers, fixed = row
         options = OPTIONS.get(kind.split()[0], {})
         for argument, value in module.items():
-            if argument in fixed or argument in numbers or argument in reads or argument in writes or argument in ("_target_", "_partial_"):
+            if argument in fixed or argument in numbers or argument in reads or argument in writes or argument == "_target_":
                 continue
             if argument not in options or options[argument] is not ANY and not any(value is x or value == x and type(value) is type(x)
                                                                                    for x in options[argument]):
@@ -343,7 +343,7 @@ def read_flextok(name, device="cpu", dtype=torch.float32):
     dtype: None is as stored. A hub repository or a file in our own form is read as well.
     """
     config_path, path = find(name, "config.json", "model.safetensors")
-    config, where = read_config(config_path, path)
+    config, where = read_config(config_path, path, alone=os.path.isfile(name))
     if isinstance(config, dict) and config.get("format") == "minFlexTok":
         return FlexTok.from_pretrained(os.path.dirname(path), device, dtype)
     tokenizer_config, names = follow_config(config, where)
@@ -364,13 +364,15 @@ def read_flextok(name, device="cpu", dtype=torch.float32):
     return tokenizer.to(device).eval()
 
 
-def read_config(config_path, path):
-    """The config of a checkpoint, from its config.json or the metadata of its safetensors file; and the file it was in."""
-    in_metadata = read_metadata(path) if os.path.isfile(path) else {}
-    if "encoder" in in_metadata:
-        return in_metadata, path
-    if os.path.isfile(config_path) and os.path.getsize(config_path) > 2**24:
-        raise UserError(f"{config_path}: {os.path.getsize(config_path):,} bytes, too large for a config")
+def read_config(config_path, path, alone):
+    """The config of a checkpoint, and the file it was in: config.json, or the metadata of the safetensors file at `path`.
+
+    alone: the file was named, and not its directory; then its own metadata comes first.
+    """
+    if alone or not os.path.isfile(config_path) and os.path.isfile(path):
+        in_metadata = read_metadata(path)
+        if "encoder" in in_metadata:
+            return in_metadata, path
     return read_json(config_path), config_path
 
 
@@ -543,19 +545,14 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
 
 
 def still_describes(model):
-    """Whether the official config that `model` came with fits it: it holds training settings which ours has no place for."""
-    if not model.official:
-        return False
+    """Whether the official config that `model` came with still fits it. It holds training settings that ours has no place for."""
     try:
-        wrapped = model.official["vae"]
         config, _ = follow_config(model.official, "official")
-    except (UserError, KeyError, TypeError):
+    except UserError:  # {} too: a model that was made here
         return False
-    same = TokenizerConfig(**{f.name: getattr(config if f.name not in INITIAL else model.config, f.name) for f in fields(config)})
-    return same == model.config and (wrapped.get("scaling_factor") or model.vae.config.scaling_factor) == model.vae.config.scaling_factor
-
-
-INITIAL = ("position_std", "code_std", "head_std")  # matter before training only; no official config knows them
+    scaling = model.official["vae"].get("scaling_factor") or model.vae.config.scaling_factor
+    initial = {name: getattr(model.config, name) for name in ("position_std", "code_std", "head_std")}  # matter before training only
+    return replace(config, **initial) == model.config and scaling == model.vae.config.scaling_factor
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -852,66 +849,72 @@ def resolve(tree, root):
 
 @dataclass
 class Command:
-    """inspect CHECKPOINT: say what it is. convert IN OUT: an official tokenizer into our form, one of ours into the official form."""
+    """inspect CHECKPOINT: say what it is. convert IN OUT: an official tokenizer or prior into our form, one of ours into theirs."""
     words: tuple = ()  # inspect CHECKPOINT, or convert IN OUT; a checkpoint is a file, a directory or a hub name
 
 
-def inspect(name):
-    """Print what a checkpoint is, from its config and the header of its weights; the weights themselves are not read."""
-    weights_files = {"config.json": "model.safetensors"}
-    if os.path.isdir(name) and os.path.isfile(os.path.join(name, "diffusion_pytorch_model.safetensors")):
-        weights_files = {"config.json": "diffusion_pytorch_model.safetensors"}
-    (config_file, weights_file), = weights_files.items()
-    config_path, path = find(name, config_file, weights_file)
-    config, where = read_config(config_path, path)
-    header = open_header(path)
-    shapes = {key: (header.get_slice(key).get_shape(), header.get_slice(key).get_dtype()) for key in header.keys()}
-    stored = sorted({dtype for _, dtype in shapes.values()})
-    count = lambda names: sum(prod(shapes[key][0]) for key in names)  # noqa: E731
-    print(f"{path}: {len(shapes)} tensors, {count(shapes):,} numbers, {os.path.getsize(path) / 1e6:,.1f} MB, {', '.join(stored)}")
+def load_any(name):
+    """A checkpoint of any kind -> the `FlexTok`, `VAE` or `GPT`, tensors as stored, and whether its form is the official one."""
+    directory = os.path.dirname(name) if os.path.isfile(name) else name
+    if not os.path.exists(name) and HUB_NAME.fullmatch(name):
+        try:
+            directory = os.path.dirname(hub_file(name, "config.json"))
+        except UserError as error:
+            try:
+                directory = os.path.dirname(hub_file(name, "config.yaml"))
+            except UserError:
+                raise error from None
+    path = os.path.join(directory, "config.json")
+    if not os.path.isfile(path) and os.path.isfile(os.path.join(directory, "config.yaml")):
+        return GPT.from_pretrained(name, dtype=None), True
+    config = read_json(path) if os.path.isfile(path) else {}
+    form = config.get("format") if isinstance(config, dict) else None
     if isinstance(config, dict) and config.get("_class_name"):
-        print(f"a VAE in diffusers' form: {config_from_diffusers(config, where)}")
-        return
-    tokenizer = FlexTok.from_pretrained(name, dtype=None)  # also checks every tensor
-    official = where == path or config.get("format") != "minFlexTok"
-    print(f"a FlexTok tokenizer in {'the official' if official else 'our'} form"
-          + (" (config in the file's metadata)" if where == path else ""))
-    for part, sizes in (("tokenizer", tokenizer.config), ("VAE", tokenizer.vae.config)):
-        print(f"  {part}: " + ", ".join(f"{f.name} {getattr(sizes, f.name)}" for f in fields(sizes)))
-    print("  parameters: " + ", ".join(f"{part} {sum(p.numel() for p in getattr(tokenizer, part).parameters()):,}"
-                                       for part in ("vae", "encoder", "decoder", "repa_head")))
-    for remark in unusual(tokenizer):
+        return VAE.from_pretrained(name, dtype=None), True
+    if form == "minFlexTok prior":
+        return GPT.from_pretrained(directory, dtype=None), False
+    return FlexTok.from_pretrained(name, dtype=None), form != "minFlexTok"
+
+
+def inspect(name):
+    """Print what a checkpoint is; it is loaded for that, so whatever is wrong with it comes out too."""
+    model, official = load_any(name)
+    kind = {FlexTok: "tokenizer (FlexTok)", VAE: "VAE", GPT: "prior (GPT)"}[type(model)]
+    tensors = model.state_dict().values()
+    print(f"{name}: a {kind} in {'the official' if official else 'our'} form, {sum(x.numel() for x in tensors):,} numbers stored as "
+          f"{', '.join(sorted({str(x.dtype).removeprefix('torch.') for x in tensors}))}")
+    for label, part in ((kind, model), *((("its VAE", model.vae),) if isinstance(model, FlexTok) else ())):
+        print(f"  {label}: " + ", ".join(f"{f.name} {getattr(part.config, f.name)}" for f in fields(part.config)))
+    print("  parameters: " + ", ".join(f"{part} {sum(p.numel() for p in module.parameters()):,}" for part, module in model.named_children()))
+    for remark in unusual(model):
         print(f"  unusual: {remark}")
 
 
-def unusual(tokenizer):
-    """What sets a tokenizer apart from the released ones, one phrase each."""
-    config, default = tokenizer.config, TokenizerConfig()
-    for part, depth, width, head_dim in (("encoder", config.enc_depth, config.enc_width, config.enc_head_dim),
-                                         ("decoder", config.dec_depth, config.dec_width, config.dec_head_dim)):
+def unusual(model):
+    """What sets a checkpoint apart from the released ones, one phrase each."""
+    config, default = model.config, type(model.config)()
+    for part in ("enc", "dec") if isinstance(model, FlexTok) else ():
+        depth, width, head_dim = (getattr(config, f"{part}_{size}") for size in ("depth", "width", "head_dim"))
         if (width, head_dim) != (64 * depth, 64):
             yield f"{part} of depth {depth} has width {width} and head size {head_dim}, not {64 * depth} and 64"
-    for name in ("latent_channels", "grid", "patch_size", "registers", "levels", "max_timestep", "drop_quant_p", "corrupt_tokens_p"):
-        if getattr(config, name) != getattr(default, name):
-            yield f"{name} {getattr(config, name)}, not {getattr(default, name)}"
-    if config.repa_widths:
-        yield f"holds a REPA head (training only) of widths {config.repa_widths}"
-    if len({x.dtype for x in tokenizer.state_dict().values()}) > 1:
+    sizes = {FlexTok: ("enc_width", "enc_depth", "enc_head_dim", "dec_width", "dec_depth", "dec_head_dim"),
+             VAE: ("latent_channels", "scaling_factor"), GPT: ("width", "depth", "hidden", "classes", "text_width", "cfg_scale")}
+    for field in fields(config):
+        if field.name not in sizes[type(model)] and getattr(config, field.name) != getattr(default, field.name):
+            yield f"{field.name} {getattr(config, field.name)}, not {getattr(default, field.name)}"
+    if len({x.dtype for x in model.state_dict().values()}) > 1:
         yield "tensors of several types"
 
 
 def convert(source, target):
-    """Read a tokenizer in one form and write it to the directory `target` in the other, every tensor as it is stored."""
+    """Read a tokenizer or a prior in one form and write it to the directory `target` in the other, every tensor as it is stored."""
     if os.path.exists(target):
         raise UserError(f"{target}: exists already; name a new directory")
-    config, _ = read_config(*find(source, "config.json", "model.safetensors"))
-    tokenizer = FlexTok.from_pretrained(source, dtype=None)
-    if isinstance(config, dict) and config.get("format") == "minFlexTok":
-        export_official(tokenizer, target)
-        print(f"wrote the official form to {target}")
-    else:
-        tokenizer.save_pretrained(target, None)
-        print(f"wrote our form to {target}")
+    model, official = load_any(source)
+    if isinstance(model, VAE):
+        raise UserError(f"{source}: a VAE has one form only, that of diffusers; nothing to convert")
+    model.save_pretrained(target, None) if official else export_official(model, target)
+    print(f"wrote {'our' if official else 'the official'} form to {target}")
 
 
 def main(argv=None):

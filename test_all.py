@@ -1783,7 +1783,7 @@ def change(config, path, value):
     ("regularizer/_target_", "flextok.regularizers.quantize_vq.VQ", "'VQ', which is not supported"),
     ("pipeline/out_channels", 8, "out_channels 8, but another"),
     ("pipeline/reconst_write_key", "quants", "reconst_write_key"),
-    ("vae/latent_channels", 8, "latent_channels"),
+    ("vae/latent_channels", 8, "channels_in 16, but another module has 8"),
     ("vae/scaling_factor", float("nan"), "scaling_factor"),
     ("vae/hf_hub_path", "../vae", "hf_hub_path '../vae' is neither"),
     ("vae/hf_hub_path", "/etc", "hf_hub_path '/etc'"),
@@ -1972,16 +1972,35 @@ def test_a_prior_whose_files_are_broken_or_hostile_is_refused(tmp_path):
         assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value), caught.value
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux only")
+def test_weights_stay_in_their_file_until_they_are_used_and_the_file_never_changes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tokenizer = FlexTok.from_pretrained(a_checkpoint(tmp_path))
+    before = path.read_bytes()
+    ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in open("/proc/self/maps") if line.rstrip().endswith(str(path))]
+    mapped = [any(low <= x.data_ptr() < high for low, high in ranges) for x in tokenizer.state_dict().values()]
+    assert all(mapped)
+    with torch.no_grad():
+        for p in tokenizer.parameters():
+            p.add_(1)
+    assert path.read_bytes() == before
+
+
 def test_the_command_line_says_what_a_checkpoint_is(capsys, tmp_path):
-    pretrained.main(["inspect", f"{HERE}/golden/flextok_tiny"])
-    text = capsys.readouterr().out
-    for words in ("official form", "744,473 numbers", "F32", "enc_width 96", "levels (8, 8, 8, 5, 5, 5)", "encoder 229,542", "head size 32"):
-        assert words in text
-    pretrained.main(["inspect", f"{HERE}/golden/vae_c8"])
-    assert "latent_channels=8" in capsys.readouterr().out
-    pretrained.main(["inspect", sample.SHIPPED])
-    assert "our form" in capsys.readouterr().out
-    for words in ([], ["inspect"], ["convert", "a"], ["convert", sample.SHIPPED, str(tmp_path)], ["inspect", "gone"]):
+    for name, words in (
+            (f"{HERE}/golden/flextok_tiny", ("tokenizer (FlexTok) in the official form", "744,473 numbers stored as float32", "enc_width 96",
+                                             "levels (8, 8, 8, 5, 5, 5)", "encoder 229,542", "unusual: enc of depth 2 has width 96 and head size 32")),
+            (f"{HERE}/golden/vae_c8", ("a VAE", "latent_channels 8", "unusual: block_out_channels")),
+            (f"{HERE}/golden/flexar_c2i_alt", ("prior (GPT) in the official form", "classes 7", "unusual: norm layer, not rms")),
+            (sample.SHIPPED, ("in our form", "unusual: tensors of several types"))):
+        pretrained.main(["inspect", name])
+        text = capsys.readouterr().out
+        assert all(word in text for word in words), text
+    pretrained.main(["convert", f"{HERE}/golden/flexar_c2i_alt", str(tmp_path / "ours")])
+    pretrained.main(["convert", str(tmp_path / "ours"), str(tmp_path / "official")])
+    assert (tmp_path / "official/config.yaml").read_text() == open(f"{HERE}/golden/flexar_c2i_alt/config.yaml").read()
+    for words in ([], ["inspect"], ["convert", "a"], ["convert", sample.SHIPPED, str(tmp_path)], ["inspect", "gone"],
+                  ["convert", f"{HERE}/golden/vae_c4", str(tmp_path / "vae")]):
         with pytest.raises(UserError):
             pretrained.main(words)
 
@@ -1991,7 +2010,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on loopback with one repository, a/b. `hub.faults`: what goes wrong with the next GETs; `hub.seen`: the requests."""
+    """A hub on loopback, `hub.files` is {repository/file: bytes}: the VAE a/b. `hub.faults`: what goes wrong with the next GETs; `hub.seen`: the requests."""
     class Hub(http.server.BaseHTTPRequestHandler):
         files, faults, seen, head_fault = {}, [], [], 0
 
@@ -2007,7 +2026,7 @@ def hub(tmp_path, monkeypatch):
             self.wfile.write(body)
 
         def do_HEAD(self):
-            name = self.path.rpartition("/")[2]
+            name = re.sub("/resolve/[^/]*", "", self.path[1:])
             Hub.seen.append(("HEAD", self.path, self.headers.get("Authorization")))
             if Hub.head_fault or name not in Hub.files:
                 return self.answer(Hub.head_fault or 404)
@@ -2020,7 +2039,7 @@ def hub(tmp_path, monkeypatch):
                 self.answer(200, length=len(body), X_Repo_Commit=COMMIT, **small)
 
         def do_GET(self):
-            body, span = Hub.files[self.path.rpartition("/")[2]], self.headers.get("Range")
+            body, span = Hub.files[re.sub("/resolve/[^/]*", "", self.path[1:])], self.headers.get("Range")
             Hub.seen.append(("GET", self.path, span))
             fault = Hub.faults.pop(0) if Hub.faults else None
             if isinstance(fault, int):
@@ -2048,7 +2067,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(common, "RETRY_SECONDS", 0.0)
     source = f"{HERE}/golden/vae_c4"
-    Hub.files = {name: open(f"{source}/{name}", "rb").read() for name in ("config.json", WEIGHTS)}
+    Hub.files = {f"a/b/{name}": open(f"{source}/{name}", "rb").read() for name in ("config.json", WEIGHTS)}
     yield Hub
     server.shutdown()
     server.server_close()
@@ -2065,9 +2084,9 @@ def test_a_hub_name_is_downloaded_once_into_the_layout_of_hugging_face(hub, tmp_
     root = tmp_path / "cache/models--a--b"
     assert (root / "refs/main").read_text() == COMMIT
     for name, body in hub.files.items():
-        link = root / "snapshots" / COMMIT / name
+        link = root / "snapshots" / COMMIT / name.removeprefix("a/b/")
         assert link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.read_bytes() == body
-    assert hashlib.sha256(hub.files[WEIGHTS]).hexdigest() in blobs(tmp_path) and len(blobs(tmp_path)) == 2
+    assert hashlib.sha256(hub.files[f"a/b/{WEIGHTS}"]).hexdigest() in blobs(tmp_path) and len(blobs(tmp_path)) == 2
     assert {token for kind, _, token in hub.seen if kind == "HEAD"} == {"Bearer secret"}
     assert {path for kind, path, _ in hub.seen if WEIGHTS in path} == {f"/a/b/resolve/{COMMIT}/{WEIGHTS}"}  # not "main": it may move
     count = len(hub.seen)
@@ -2080,13 +2099,30 @@ def test_a_hub_name_is_downloaded_once_into_the_layout_of_hugging_face(hub, tmp_
         VAE.from_pretrained("a/b")
 
 
+def test_tokenizers_and_priors_come_from_the_hub_too_and_a_tokenizer_s_vae_may_be_another_repository(hub, tmp_path):
+    config = a_config()
+    config["vae"]["hf_hub_path"] = "a/vae"
+    tiny, prior = f"{HERE}/golden/flextok_tiny", f"{HERE}/golden/flexar_c2i_alt"
+    hub.files |= {"a/tok/config.json": json.dumps(config).encode(), "a/vae/config.json": open(f"{tiny}/vae/config.json", "rb").read(),
+                  "a/tok/model.safetensors": open(f"{tiny}/model.safetensors", "rb").read(),
+                  "a/ar/config.yaml": open(f"{prior}/config.yaml", "rb").read(),
+                  "a/ar/model.safetensors": open(f"{prior}/model.safetensors", "rb").read()}
+    assert same_tensors(FlexTok.from_pretrained("a/tok").state_dict(), FlexTok.from_pretrained(tiny).state_dict())
+    assert GPT.from_pretrained("a/ar").config == GPT.from_pretrained(prior).config
+    pretrained.main(["convert", "a/ar", str(tmp_path / "ar")])
+    pretrained.main(["convert", "a/tok", str(tmp_path / "tok")])
+    shutil.copytree(tmp_path / "tok", tmp_path / "upload")
+    hub.files |= {f"a/ours/{name}": (tmp_path / "upload" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    assert FlexTok.from_pretrained("a/ours").official["vae"]["hf_hub_path"] == "a/vae"  # a repository in our own form
+
+
 @pytest.mark.parametrize("faults, gets", [(["drop"], 2), (["drop", "drop", 503, "drop"], 5), (["short"], 2), (["drop", "no ranges"], 2)])
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, faults, gets):
     common.hub_file("a/b", "config.json")
     hub.seen.clear()
     hub.faults[:] = faults
     path = common.hub_file("a/b", WEIGHTS)
-    assert open(path, "rb").read() == hub.files[WEIGHTS]
+    assert open(path, "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
     spans = [span for kind, _, span in hub.seen if kind == "GET"]
     assert len(spans) == gets and spans[0] is None and all(span.startswith("bytes=") for span in spans[1:])
     assert not any(name.endswith(".incomplete") for name in blobs(tmp_path))
@@ -2100,7 +2136,7 @@ def test_a_download_that_fails_says_so_and_leaves_nothing_under_the_final_name(h
     with pytest.raises(UserError, match=words) as caught:
         VAE.from_pretrained("a/b")
     assert "a/b" in str(caught.value) and not list(tmp_path.glob(f"cache/models--a--b/snapshots/*/{WEIGHTS}"))
-    assert hashlib.sha256(hub.files[WEIGHTS]).hexdigest() not in blobs(tmp_path)
+    assert hashlib.sha256(hub.files[f"a/b/{WEIGHTS}"]).hexdigest() not in blobs(tmp_path)
     hub.faults.clear()
     assert VAE.from_pretrained("a/b").config.latent_channels == 4  # and the next try mends it
 
@@ -2129,7 +2165,7 @@ def test_two_processes_that_ask_at_once_download_once(hub, tmp_path):
     for process in running:
         process.join(60)
     assert [process.exitcode for process in running] == [0, 0]
-    assert open(common.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[WEIGHTS]
+    assert open(common.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
     assert sum(kind == "GET" and WEIGHTS in path for kind, path, _ in hub.seen) == 2  # one attempt that dropped, one that went on
 
 
