@@ -555,6 +555,7 @@ class GPT(nn.Module):
 
         In eval mode. dtype: of the weights; None is as stored. Raises UserError naming the file and the reason.
         """
+        name = os.fspath(name)
         path = os.path.join(name, "config.json")
         if not os.path.isfile(path):
             from pretrained import read_flexar  # late: it imports this file

@@ -390,7 +390,10 @@ def find(name, config_file, weights_file):
     if os.path.isfile(name):
         return os.path.join(os.path.dirname(name), config_file), name
     if not os.path.isdir(name) and HUB_NAME.fullmatch(name):
-        return hub_file(name, config_file), hub_file(name, weights_file)
+        try:
+            return hub_file(name, config_file), hub_file(name, weights_file)
+        except UserError as error:
+            raise UserError(f"{name}: not a file or directory here; {error}") from None
     config_path = os.path.join(name, config_file)
     if not os.path.isdir(name):
         raise UserError(f"{config_path}: there is no directory {name}, nor is that a name on the hub (owner/name)")
@@ -440,15 +443,15 @@ def hub_header(repository, file, revision):
     """Ask the hub for (commit, etag, size, address) of a file, without its contents. Raises `UserError`."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
-    for _ in range(5):
+    for _ in range(5):  # redirects
         answer = ask("HEAD", url, allow_redirects=False)  # the hub's own answer has the headers, not the storage behind it
         moved = answer.headers.get("Location", "")
         if answer.status_code not in (301, 302, 307, 308) or not moved.startswith("/"):
             break
         url = endpoint + moved  # the repository has another name now
     if answer.status_code in (401, 403):
-        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence at "
-                        f"{endpoint}/{repository} and put your access token into HF_TOKEN")
+        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence "
+                        f"at {endpoint}/{repository} and put your access token into HF_TOKEN")
     if answer.status_code >= 400:
         raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
     commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
@@ -456,7 +459,7 @@ def hub_header(repository, file, revision):
     # these become file names: only what the hub uses in them
     if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII) or not size.isdecimal():
         raise UserError(f"{url}: the answer is not that of a Hugging Face hub (commit {shown(commit)}, etag {shown(etag)}, size {shown(size)})")
-    return commit, etag, int(size), url
+    return commit, etag, int(size), f"{endpoint}/{repository}/resolve/{commit}/{file}"
 
 
 def ask(method, url, headers={}, **options):

@@ -1,8 +1,9 @@
 """
 Official checkpoints in and out: weights of the official code load here, and what is trained here opens there.
 
-    hub name --find--> files --read_flextok--> FlexTok --export_official--> config.json + model.safetensors + vae/
-    file, directory ---^       config followed, tensors renamed                (the official forms, both in one directory)
+    hub name --find--> config.json, model.safetensors --read_flextok--> FlexTok --export_official--> both official forms
+    file, directory --^   (or in the file's metadata)                   VAE                          diffusers' directory
+                       config.yaml, model.safetensors --read_flexar---> GPT                          config.yaml, model.safetensors
 
 Nothing named in a file is ever imported or called: a config is text that we follow by a table (ENCODER, DECODER), and what
 the table does not know is refused by name. Tensors come from safetensors only, are mapped from the file, and are checked
@@ -16,6 +17,7 @@ VAE and GPT; this file is what they use for everything that is not ours.
 The official weights have licences of their own (research only); none of them are in this repository.
 """
 import ast
+import json
 import os
 import re
 from dataclasses import dataclass, fields, replace
@@ -37,8 +39,9 @@ from vae import VAE, VAEConfig, config_from_diffusers, modern_names
 # order or wiring is found. One row for each module of a FlexTok:
 #     role, class, {argument that names what it reads: what that must hold}, {... what it writes: what that then holds},
 #     {argument that is a size: which one}, {argument: value that it must have}
-# `None` as what is read: anything, it only tells the batch size.
+# ANYTHING as what is read: only its batch size matters.
 
+ANYTHING = "anything"
 PACKED = {"packed_seq_write_key": "sequence", "block_mask_write_key": "mask", "inner_packed_shapes_write_key": "inner shapes",
           "outer_packed_shapes_write_key": "outer shapes"}
 SHAPES = {"inner_packed_shapes_read_key": "inner shapes", "outer_packed_shapes_read_key": "outer shapes"}
@@ -50,7 +53,7 @@ ENCODER = [
      {"channels_in": "latent_channels", "dim": "enc_width", "patch_sizes": "patch_size"}, {}),
     ("enc_positions", "PositionalEmbeddingAdder", {"read_key": "bare patches"}, {"write_key": "patches"},
      {"dim": "enc_width", "max_sizes": "grid"}, {"posemb_type": "sincos"}),
-    ("enc_registers", "Registers1D", {"input_tensor_list_read_key": None},
+    ("enc_registers", "Registers1D", {"input_tensor_list_read_key": ANYTHING},
      {"registers_write_key": "registers", "register_sizes_read_write_key": "numbers of registers"},
      {"dim": "enc_width", "n_max": "registers"}, {}),
     ("enc_packer", "BlockWiseSequencePacker", {"input_list_read_keys": ["patches", "registers"]}, PACKED, {},
@@ -111,7 +114,7 @@ OPTIONAL = ("dec_repa_unpacker", "dec_repa")         # the REPA branch: training
 OPTIONAL_KEYS = ("emb_packing_fn_write_key", "intermediate_layer_write_key")
 DEFAULTS = {"head_dim": 64, "max_timestep": 1000.0}  # of the official classes, where the config is silent
 
-# Further arguments of each class: the values with which it computes what ours does. ANY: no effect on what a trained model computes.
+# Further arguments of each class: the values with which it computes what ours does. ANY: no effect on a trained model.
 ANY = None
 FLOAT32, OFF = (None, "fp32", "float32"), (False, None)
 HEAD = {"use_mup_readout": OFF, "weight_init_style": ANY, "dtype_override": FLOAT32, "use_bias": (True,)}
@@ -157,15 +160,18 @@ def follow_config(config, where):
         raise UserError(f"{where}: unknown part {unknown[0]}")
     holds, names, sizes = {}, {}, {}
     for rows, modules in (
-            (WRAPPED_VAE, {"vae": config["vae"]}), (ENCODER, chain(config, "encoder", where)), (REGULARIZER, {"regularizer": config["regularizer"]}),
+            (WRAPPED_VAE, {"vae": config["vae"]}),
+            (ENCODER, chain(config, "encoder", where)),
+            (REGULARIZER, {"regularizer": config["regularizer"]}),
             (NOISE, {"flow_matching_noise_module": config["flow_matching_noise_module"]}),
-            (DECODER, chain(config, "decoder", where)), (PIPELINE, {"pipeline": config["pipeline"]})):
+            (DECODER, chain(config, "decoder", where)),
+            (PIPELINE, {"pipeline": config["pipeline"]})):
         follow(modules, rows, holds, sizes, names, where)
     if held(config["vae"], "vae_latents_read_key", holds) != "velocity":  # after sampling, the same entry has the latents
         raise UserError(f"{where}: vae: its vae_latents_read_key is not what the decoder writes")
     fsq = config["regularizer"]
-    levels = fsq.get("levels")
-    if not isinstance(levels, (list, tuple)) or not all(type(n) is int and 2 <= n <= 64 for n in levels) or len(levels) != sizes.pop("L"):
+    levels, L = fsq.get("levels"), sizes.pop("L")
+    if not isinstance(levels, (list, tuple)) or not all(type(n) is int and 2 <= n <= 64 for n in levels) or len(levels) != L:
         raise UserError(f"{where}: levels {shown(levels)}, expected whole numbers from 2 to 64, as many as the encoder's outputs")
     if config["encoder"]["module_dict"][names["enc_registers"]].get("n_eval") not in (None, sizes["registers"]):
         raise UserError(f"{where}: n_eval of {names['enc_registers']} is not n_max, which is not supported")
@@ -194,9 +200,11 @@ def chain(config, part, where):
     """The encoder's or decoder's modules, {name: module}, in the order of execution."""
     modules = config[part].get("module_dict")
     if class_of(config[part]) != "SequentialModuleDictWrapper" or not isinstance(modules, dict):
-        raise UserError(f"{where}: {part} is {shown(class_of(config[part]))}, expected SequentialModuleDictWrapper with a module_dict")
-    if config[part].keys() - {"_target_", "module_dict"}:
-        raise UserError(f"{where}: {part} has the unknown {shown(*sorted(map(str, config[part].keys() - {'_target_', 'module_dict'}))[:1])}")
+        raise UserError(f"{where}: {part} is {shown(class_of(config[part]))}, expected SequentialModuleDictWrapper "
+                        f"with a module_dict")
+    unknown = sorted(map(str, config[part].keys() - {"_target_", "module_dict"}))
+    if unknown:
+        raise UserError(f"{where}: {part} has the unknown argument {shown(unknown[0])}")
     return modules
 
 
@@ -219,11 +227,9 @@ def follow(modules, rows, holds, sizes, names, where):
         candidates = [row for row in rows if row[1] == kind]
         if not candidates:
             raise UserError(f"{place} is {shown(kind)}, which is not supported here")
-        row = next((row for row in candidates if row[0] not in names and
-                    all(held(module, key, holds) == want for key, want in row[2].items() if want is not None)), None)
+        row = next((row for row in candidates if row[0] not in names and not misread(module, row, holds)), None)
         if row is None:
-            wrong = [[(key, want) for key, want in row[2].items() if want is not None and held(module, key, holds) != want]
-                     for row in candidates if row[0] not in names]
+            wrong = [misread(module, row, holds) for row in candidates if row[0] not in names]
             if not wrong:
                 raise UserError(f"{place} ({kind}) is one too many")
             key, want = min(wrong, key=len)[0]
@@ -234,8 +240,8 @@ def follow(modules, rows, holds, sizes, names, where):
         for argument, value in module.items():
             if argument in fixed or argument in numbers or argument in reads or argument in writes or argument == "_target_":
                 continue
-            if argument not in options or options[argument] is not ANY and not any(value is x or value == x and type(value) is type(x)
-                                                                                   for x in options[argument]):
+            allowed = options.get(argument, ())
+            if allowed is not ANY and not any(value == x and type(value) is type(x) for x in allowed):  # True == 1
                 raise UserError(f"{place} ({kind}): {argument} {shown(value)} is not supported")
         for argument, value in fixed.items():
             if type(module.get(argument)) is not type(value) or module[argument] != value:
@@ -256,6 +262,12 @@ def follow(modules, rows, holds, sizes, names, where):
     lacking = [row for row in rows if row[0] not in names and row[0] not in OPTIONAL]
     if lacking:
         raise UserError(f"{where}: lacks the module {lacking[0][1]} that reads {shown(next(iter(lacking[0][2].values())))}")
+
+
+def misread(module, row, holds):
+    """Those of a row's (argument, what it must hold) for which the module's entries hold something else."""
+    return [(key, want) for key, want in row[2].items()
+            if held(module, key, holds) != want and not (want == ANYTHING and held(module, key, holds))]
 
 
 def held(module, argument, holds):
@@ -309,7 +321,7 @@ def official_name(name, names, config):
     """Our tensor name -> the official one. names: {role: module name}, from `follow_config`."""
     if name.startswith("vae."):
         return "vae." + name
-    if name.startswith("repa_head."):  # LayerNorm, linear, SiLU, linear, SiLU, ...: linear layers are 1, 3, ...; the last is out_proj
+    if name.startswith("repa_head."):  # mlp is LayerNorm, linear, SiLU, linear, SiLU, ...; the last linear is out_proj
         _, i, kind = name.split(".")
         inside = "out_proj" if int(i) == len(config.repa_widths) - 2 else f"mlp.{2 * int(i) + 1}"
         return f"decoder.module_dict.{names['dec_repa']}.{inside}.{kind}"
@@ -344,8 +356,8 @@ def read_flextok(name, device="cpu", dtype=torch.float32):
     """
     config_path, path = find(name, "config.json", "model.safetensors")
     config, where = read_config(config_path, path, alone=os.path.isfile(name))
-    if isinstance(config, dict) and config.get("format") == "minFlexTok":
-        return FlexTok.from_pretrained(os.path.dirname(path), device, dtype)
+    if where == config_path and isinstance(config, dict) and config.get("format") == "minFlexTok":
+        return FlexTok.from_pretrained(own_directory(path), device, dtype)
     tokenizer_config, names = follow_config(config, where)
     try:
         tokenizer = unloaded(tokenizer_config, vae_config_of(config["vae"], where))
@@ -362,6 +374,13 @@ def read_flextok(name, device="cpu", dtype=torch.float32):
     load_weights(tokenizer, tensors, path, device, dtype, fixed_tables(tensors), {ours: theirs for theirs, ours in wanted.items()})
     tokenizer.official = config
     return tokenizer.to(device).eval()
+
+
+def own_directory(path):
+    """The directory of a weights file in our own form."""
+    if os.path.basename(path) != "model.safetensors":
+        raise UserError(f"{path}: in our own form the weights are named model.safetensors, in a directory with their config.json")
+    return os.path.dirname(path)
 
 
 def read_config(config_path, path, alone):
@@ -383,7 +402,9 @@ def read_metadata(path):
         config[key] = text
         if len(text) < 2**20 and max(map(text.count, "([{-")) < 10_000:
             try:
-                config[key] = ast.literal_eval(text)  # knows literals only: no names, no calls
+                value = ast.literal_eval(text)  # knows literals only: no names, no calls
+                json.dumps(value)  # a config that JSON cannot hold is none
+                config[key] = value
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 pass
     return config
@@ -395,12 +416,13 @@ def vae_config_of(wrapped, where):
     values = {}  # without a path: the official sizes, which are VAEConfig's defaults
     if hub_path is not None:
         values = config_from_diffusers(*vae_config_file(hub_path, where)).__dict__
-    if values.get("latent_channels", wrapped["latent_channels"]) != wrapped["latent_channels"]:
-        raise UserError(f"{where}: latent_channels {wrapped['latent_channels']}, but the VAE at {hub_path} has {values['latent_channels']}")
+    channels = wrapped["latent_channels"]
+    if values.get("latent_channels", channels) != channels:
+        raise UserError(f"{where}: latent_channels {channels}, but the VAE at {hub_path} has {values['latent_channels']}")
     scaling = scaling or values.get("scaling_factor")  # as official: 0 and null mean "see the VAE"
     if type(scaling) not in (int, float) or not 0 < scaling < inf:
         raise UserError(f"{where}: scaling_factor of the VAE is {shown(scaling)}, expected a positive number")
-    return VAEConfig(**values | {"latent_channels": wrapped["latent_channels"], "scaling_factor": scaling})
+    return VAEConfig(**values | {"latent_channels": channels, "scaling_factor": scaling})
 
 
 def vae_config_file(hub_path, where):
@@ -415,7 +437,8 @@ def vae_config_file(hub_path, where):
         if HUB_NAME.fullmatch(hub_path):
             path = hub_file(hub_path, "config.json")
             return read_json(path), path
-    raise UserError(f"{where}: hf_hub_path {shown(hub_path)} is neither a folder with a config.json beside this file, nor a hub name")
+    raise UserError(f"{where}: hf_hub_path {shown(hub_path)} is neither a folder with a config.json beside this "
+                    f"file, nor a hub name")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -533,10 +556,13 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
         return model.save_pretrained(directory, dtype)
     if isinstance(model, GPT):
         return export_flexar(model, directory, dtype, tokenizer)
-    config = {part: model.official[part] for part in PARTS} if still_describes(model) else official_config(model.config, model.vae.config)
+    config = official_config(model.config, model.vae.config)
+    if still_describes(model):
+        config = {part: model.official[part] for part in PARTS}
     _, names = follow_config(config, directory)
-    tensors = {official_name(name, names, model.config): x.T[None, None] if name == "decoder.positions" else x  # (K, D) -> (1, 1, D, K)
-               for name, x in model.state_dict().items()}
+    tensors = {official_name(name, names, model.config): x for name, x in model.state_dict().items()}
+    positions = official_name("decoder.positions", names, model.config)
+    tensors[positions] = tensors[positions].T[None, None]                         # (K, D) -> (1, 1, D, K)
     model.vae.save_pretrained(os.path.join(directory, "vae"), dtype)
     write_json(os.path.join(directory, "config.json"), config)
     # no "format" here: the official loader takes every entry for an argument
@@ -562,9 +588,12 @@ def still_describes(model):
 def read_flexar(name, device="cpu", dtype=torch.float32):
     """A released prior (directory with config.yaml and model.safetensors, weights file, hub name) -> `GPT` in eval mode.
 
-    dtype: None is as stored. The tokenizer's and T5's own weights may lie in the same file and are left out. Raises
-    UserError naming the file and the reason.
+    dtype: None is as stored. The tokenizer's and T5's own weights may lie in the same file and are left out. A hub repository
+    or a file in our own form is read as well. Raises UserError naming the file and the reason.
     """
+    own = own_prior(name)
+    if own:
+        return GPT.from_pretrained(own, device, dtype)
     yaml_path, path = find(name, "config.yaml", "model.safetensors")
     tensors, called = {}, {}
     for official, tensor in unwrapped(load_tensors(path), path).items():
@@ -589,6 +618,20 @@ def read_flexar(name, device="cpu", dtype=torch.float32):
     # kept for `export_official`; with another kind of attention layer it would no longer fit the tensors
     model.official = "" if fused or not yaml else read_text(yaml_path)
     return model.to(device).eval()
+
+
+def own_prior(name):
+    """The directory of a prior in our own form that is named by its weights file or a hub name; None if it is not ours."""
+    path = os.path.join(os.path.dirname(name), "config.json") if os.path.isfile(name) else ""
+    if not os.path.exists(name) and HUB_NAME.fullmatch(name):
+        try:
+            path = hub_file(name, "config.json")
+        except UserError:  # a released one has config.yaml instead; if neither can be had, that is said then
+            return None
+    saved = read_json(path) if os.path.isfile(path) else None
+    if not isinstance(saved, dict) or saved.get("format") != "minFlexTok prior":
+        return None
+    return os.path.dirname(path) if not os.path.isfile(name) and hub_file(name, "model.safetensors") else own_directory(name)
 
 
 def read_text(path):
@@ -622,6 +665,8 @@ def flexar_config(tensors, yaml, path):
     for section in (trunk, attention, lookup(trunk, "cross_attn_target")):
         if section.get("rope_pos_embed") not in (None, False):
             raise UserError(f"{path}: its configuration asks for rotary positions, which are not supported")
+        if section.get("is_causal") is False and section is attention:
+            raise UserError(f"{path}: its configuration asks for attention that is not causal, which is not supported")
         if section.get("qk_norm") not in (None, False) and not has("q_norm.weight"):
             raise UserError(f"{path}: its configuration asks for a qk_norm without weights, which is not supported")
 
@@ -701,7 +746,8 @@ def flexar_yaml(config, tokenizer):
                                 if -(-int(2 / 3 * r * width) // m) * m == hidden), (0, 0))
         ffn = {"_target_": "l3m.model.layers.ffn.SwiGLUFFN", "_partial_": True, "multiple_of": multiple or refuse(f"hidden {hidden}")}
     else:
-        ratio, ffn = hidden // width if hidden % width == 0 else hidden / width, {"_target_": "l3m.model.layers.ffn.MLP", "_partial_": True}
+        ratio = hidden // width if hidden % width == 0 else hidden / width
+        ffn = {"_target_": "l3m.model.layers.ffn.MLP", "_partial_": True}
     gelu = {"_target_": "torch.nn.GELU", "_partial_": True}
     trunk = {"read_key": "input_embeddings", "write_key": "output_embeddings", "embed_dim": width, "num_blocks": config.depth,
              "mlp_ratio": ratio, "ffn_target": ffn, "norm_layer": norm(config.norm, config.norm_eps),
@@ -709,9 +755,10 @@ def flexar_yaml(config, tokenizer):
     if config.activation == "gelu_tanh":
         trunk["act_layer"] = gelu | {"approximate": "tanh"}
     if text:
-        trunk = {"_target_": "l3m.model.trunks.transformer_decoder.TransformerDecoder", **trunk, "encoder_output_key": "text_embeddings",
-                 "self_attn_mask_read_key": "text_embeddings_mask", "self_attn_target": own, "cross_attn_target": attention(
-                     "flextok_ar.model.attention.GeneralizedAttentionWithMask", "cross_qkv", config.cross_qk_norm, encoder_dim=width)}
+        trunk = {"_target_": "l3m.model.trunks.transformer_decoder.TransformerDecoder", **trunk,
+                 "encoder_output_key": "text_embeddings", "self_attn_mask_read_key": "text_embeddings_mask", "self_attn_target": own,
+                 "cross_attn_target": attention("flextok_ar.model.attention.GeneralizedAttentionWithMask", "cross_qkv",
+                                                config.cross_qk_norm, encoder_dim=width)}
     else:
         trunk = {"_target_": "l3m.model.trunks.transformer.Transformer", **trunk, "attn_target": own}
     classes = {"num_classes": config.classes, "cond_dropout_prob": 0.1, "class_target_key": "target"} if config.classes else {}
@@ -758,9 +805,8 @@ def export_flexar(gpt, directory, dtype, tokenizer):
         text = "\n".join(yaml_lines(flexar_yaml(gpt.config, tokenizer))) + "\n"
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-    save_tensors(os.path.join(directory, "model.safetensors"), {
-        "models.text_encoder.mlp." + name.removeprefix("text_mlp.") if name.startswith("text_mlp.") else "models.ar_image_model." + name: x
-        for name, x in tensors.items()}, dtype)
+    named = {("models.ar_image_model." + name).replace("ar_image_model.text_mlp.", "text_encoder.mlp."): x for name, x in tensors.items()}
+    save_tensors(os.path.join(directory, "model.safetensors"), named, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -885,7 +931,8 @@ def inspect(name):
           f"{', '.join(sorted({str(x.dtype).removeprefix('torch.') for x in tensors}))}")
     for label, part in ((kind, model), *((("its VAE", model.vae),) if isinstance(model, FlexTok) else ())):
         print(f"  {label}: " + ", ".join(f"{f.name} {getattr(part.config, f.name)}" for f in fields(part.config)))
-    print("  parameters: " + ", ".join(f"{part} {sum(p.numel() for p in module.parameters()):,}" for part, module in model.named_children()))
+    counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+    print("  parameters: " + ", ".join(f"{part} {count:,}" for part, count in counts.items() if count))
     for remark in unusual(model):
         print(f"  unusual: {remark}")
 

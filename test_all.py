@@ -1832,8 +1832,8 @@ def test_nothing_that_a_file_names_is_run_at_any_depth(tmp_path):
         inner[place[-1]] = bomb
         with pytest.raises(UserError, match="nothing of the official package; nothing was run"):
             pretrained.follow_config(config, "x")
-    for text in (f"__import__('os').system('touch {trace}')", "[" * 5000 + "]" * 5000, "-" * 5000 + "1", "(" * 300, "1" * 5000, "x" * 2**21):
-        message = refusal(a_checkpoint(tmp_path / "text", metadata={**{name: str(value) for name, value in a_config().items()}, "decoder": text}))
+    for text in (f"__import__('os').system('touch {trace}')", "[" * 5000 + "]" * 5000, "-" * 5000 + "1", "(" * 300, "1" * 5000, "x" * 2**21, "{'a': {1, 2}}"):
+        message = refusal(a_checkpoint(tmp_path / "text", metadata={**{name: str(value) for name, value in a_config().items()}, "decoder": text}) + "/model.safetensors")
         assert "decoder is" in message and len(message) < 400
     assert not trace.exists()
 
@@ -2114,6 +2114,23 @@ def test_tokenizers_and_priors_come_from_the_hub_too_and_a_tokenizer_s_vae_may_b
     shutil.copytree(tmp_path / "tok", tmp_path / "upload")
     hub.files |= {f"a/ours/{name}": (tmp_path / "upload" / name).read_bytes() for name in ("config.json", "model.safetensors")}
     assert FlexTok.from_pretrained("a/ours").official["vae"]["hf_hub_path"] == "a/vae"  # a repository in our own form
+    hub.files |= {f"a/prior/{name}": (tmp_path / "ar" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    assert GPT.from_pretrained("a/prior").config == GPT.from_pretrained(prior).config
+
+
+def test_a_checkpoint_of_ours_can_be_named_by_its_weights_file_and_no_other_file_is_taken_for_it(tmp_path):
+    a_tokenizer().save_pretrained(str(tmp_path / "a"))
+    small_gpt().save_pretrained(str(tmp_path / "b"))
+    for load, name in ((FlexTok, "a"), (GPT, "b")):
+        path = tmp_path / name / "model.safetensors"
+        assert same_tensors(load.from_pretrained(path).state_dict(), load.from_pretrained(path.parent).state_dict())
+        path.rename(path.with_name("step100.safetensors"))
+        with pytest.raises(UserError, match="step100.safetensors: in our own form"):
+            load.from_pretrained(path.with_name("step100.safetensors"))
+    looping = tmp_path / "c/model.safetensors"  # an official file that says it is ours
+    looping.parent.mkdir()
+    save_file(load_file(f"{HERE}/golden/flextok_tiny/model.safetensors"), looping, {"encoder": "{}", "format": "minFlexTok"})
+    assert "vae is None" in refusal(looping) and "vae is None" in refusal(looping.parent)
 
 
 @pytest.mark.parametrize("faults, gets", [(["drop"], 2), (["drop", "drop", 503, "drop"], 5), (["short"], 2), (["drop", "no ranges"], 2)])
