@@ -421,7 +421,7 @@ def hub_file(repository, file):
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"{repository}: {file} is not in the cache {cache}, and HF_HUB_OFFLINE forbids downloading it")
     # the commit that is here already, if any: config and weights must belong together
-    commit, etag, size, url = hub_header(repository, file, commit or "main")
+    commit, etag, size, url = hub_header(repository, file, "main" if commit in ("", no_commit(repository)) else commit)
     blob = os.path.join(cache, folder, "blobs", etag)
     path = os.path.join(cache, folder, "snapshots", commit, file)
     try:
@@ -456,10 +456,21 @@ def hub_header(repository, file, revision):
         raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
     commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
     etag, size = etag.removeprefix("W/").strip('"'), answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
-    # these become file names: only what the hub uses in them
-    if not re.fullmatch(r"[0-9a-f]{40}", commit) or not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII) or not size.isdecimal():
-        raise UserError(f"{url}: the answer is not that of a Hugging Face hub (commit {shown(commit)}, etag {shown(etag)}, size {shown(size)})")
-    return commit, etag, int(size), f"{endpoint}/{repository}/resolve/{commit}/{file}"
+    if not size.isdecimal():
+        raise UserError(f"{url}: the server does not say how long the file is")
+    # These become names of files, so they have to look like the hub's own. A plain file server has none: we make some up.
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        url = f"{endpoint}/{repository}/resolve/{commit}/{file}"
+    else:
+        commit = no_commit(repository)
+    if not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII):
+        etag = "other-" + hashlib.sha1(f"{url} {etag} {size}".encode()).hexdigest()
+    return commit, etag, int(size), url
+
+
+def no_commit(repository):
+    """Stands for the commit of a repository on a server that does not name it."""
+    return hashlib.sha1(repository.encode()).hexdigest()
 
 
 def ask(method, url, headers={}, **options):

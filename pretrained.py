@@ -124,11 +124,10 @@ OPTIONS = {
     "PositionalEmbeddingAdder": {"posemb_scaling": ("absolute",)},
     "Registers1D": {"n_min": ANY, "n_eval": ANY, "size_sampling_mode": ANY, "ordering_mode": ("nested",)},
     "BlockWiseSequencePacker": {"pad_to_multiple": ANY, "compile_block_mask": ANY, "return_materialized_mask": ANY,
-                                "per_subseq_embs": OFF, "emb_packing_fn_write_key": (None,)},
-    "FlexTransformer": {"use_act_checkpoint": ANY, "intermediate_layers": ANY, "intermediate_layer_write_key": (None,),
-                        "adaLN_emb_read_key": (None,), "adaLN_packing_fn_read_key": (None,), "drop_path_rate": ANY,
-                        "zero_init_query_proj": ANY, "use_flex_attention": ANY, "mlp_ratio": (4, 4.0), "qkv_bias": OFF,
-                        "proj_bias": OFF, "mlp_bias": OFF, "gated_mlp": (True,), "qk_norm": (True,)},
+                                "per_subseq_embs": OFF},
+    "FlexTransformer": {"use_act_checkpoint": ANY, "intermediate_layers": ANY, "drop_path_rate": ANY, "zero_init_query_proj": ANY,
+                        "use_flex_attention": ANY, "mlp_ratio": (4, 4.0), "qkv_bias": OFF, "proj_bias": OFF, "mlp_bias": OFF,
+                        "gated_mlp": (True,), "qk_norm": (True,)},
     "LinearHead": HEAD,
     "ToPatchesLinearHead": HEAD,
     "MLPHead": HEAD,
@@ -237,10 +236,10 @@ def follow(modules, rows, holds, sizes, names, where):
                             f"{shown(held(module, key, holds))}, expected {shown(want)}")
         role, _, reads, writes, numbers, fixed = row
         options = OPTIONS.get(kind.split()[0], {})
-        for argument, value in module.items():
+        for argument, value in ((str(argument), value) for argument, value in module.items()):
             if argument in fixed or argument in numbers or argument in reads or argument in writes or argument == "_target_":
                 continue
-            allowed = options.get(argument, ())
+            allowed = options.get(argument, (None,) if argument.endswith("_key") else ())  # no entry read or written
             if allowed is not ANY and not any(value == x and type(value) is type(x) for x in allowed):  # True == 1
                 raise UserError(f"{place} ({kind}): {argument} {shown(value)} is not supported")
         for argument, value in fixed.items():
@@ -482,6 +481,8 @@ def official_config(config, vae_config):
     D_enc, D_dec = config.enc_width, config.dec_width
     zero = dict(use_mup_readout=False, weight_init_style="zero", dtype_override=None)
     middle = dict(intermediate_layer_write_key="dec_packed_seq_repa_layer", intermediate_layers=[1]) if config.dec_depth > 1 else {}
+    if config.repa_widths and config.repa_widths != (D_dec,) + (4 * D_dec,) * (len(config.repa_widths) - 2) + config.repa_widths[-1:]:
+        raise UserError(f"a REPA head of widths {config.repa_widths} has no official form, whose inner layers are 4 times as wide")
     repa = {} if not config.repa_widths else {
         "dec_repa_unpacker": unpacker("dec", ["dec_patches_repa_layer", "dec_quants_repa_layer"], "_repa_layer"),
         "dec_repa": module("model.postprocessors.heads.MLPHead", read_key="dec_patches_repa_layer", write_key="dec_repa", dim=D_dec,
