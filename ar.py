@@ -361,6 +361,7 @@ class GPT(nn.Module):
         self.head = Head(config)
         self.text_mlp = TextMLP(config) if config.text_width else None
         self.text_encoder = text_encoder
+        self.official = ""  # the configuration of the released checkpoint that this came from, for `export_official`
         self.compiled_step, self.graph_cache = None, None
         self.init_weights()
 
@@ -540,29 +541,37 @@ class GPT(nn.Module):
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
         text = {} if self.text_encoder is None else {"text_encoder": asdict(self.text_encoder.config)}
+        origin = {"official": self.official} if self.official else {}
         write_json(os.path.join(directory, "config.json"),
-                   {"format": "minFlexTok prior", "prior": asdict(self.config), **text, **notes})
+                   {"format": "minFlexTok prior", "prior": asdict(self.config), **text, **origin, **notes})
         save_tensors(os.path.join(directory, "model.safetensors"), self.state_dict(), dtype)
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu"):
-        """Read what `save_pretrained` wrote, or a released FlexAR directory; float32, eval mode. Raises UserError naming the
-        file and the reason."""
-        if not os.path.isfile(os.path.join(directory, "config.json")):
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
+        """Read what `save_pretrained` wrote, or a released FlexAR: directory, weights file, or a name on the Hugging Face hub.
+
+        In eval mode. dtype: of the weights; None is as stored. Raises UserError naming the file and the reason.
+        """
+        name = os.fspath(name)
+        path = os.path.join(name, "config.json")
+        if not os.path.isfile(path):
             from pretrained import read_flexar  # late: it imports this file
-            return read_flexar(directory).to(device).eval()
-        path = os.path.join(directory, "config.json")
+            return read_flexar(name, device, dtype)
         saved = read_json(path)
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok prior":
             raise UserError(f'{path}: not a minFlexTok prior (expected "format": "minFlexTok prior")')
         try:
             config = GPTConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved["prior"].items()})
-            text_encoder = CaptionEncoder.from_config(saved["text_encoder"]) if "text_encoder" in saved else None
-            model = cls(config, text_encoder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if config.depth > 1000:
+                raise ValueError(f"{config.depth} blocks, at most 1000 are read")
+            with torch.device("meta"):  # shapes without memory, until the weights come
+                text_encoder = CaptionEncoder.from_config(saved["text_encoder"]) if "text_encoder" in saved else None
+                model = cls(config, text_encoder)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"{path}: does not describe a prior ({error})") from None
-        weights = os.path.join(directory, "model.safetensors")
-        load_weights(model, load_tensors(weights), weights)
+        model.official = saved.get("official", "")
+        weights = os.path.join(name, "model.safetensors")
+        load_weights(model, load_tensors(weights), weights, device, dtype)
         return model.to(device).eval()
 
 

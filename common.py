@@ -3,11 +3,13 @@ Plumbing shared by the scripts; no machine learning in here.
 
     dataclass --from_cli--> config --init_distributed--> Run(device, rank, world) --> loop --> out/<run>/
                                                                        config.json  model.safetensors  resume.pt  log.jsonl
-Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; logging; images.
+Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; the Hugging Face hub; logging;
+images.
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
 import argparse
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -16,14 +18,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
+import requests
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 
@@ -34,6 +38,12 @@ from torch.optim.swa_utils import AveragedModel
 
 class UserError(Exception):
     """What the user can mend: one sentence naming the file or flag, the value found and what was expected."""
+
+
+def shown(value):
+    """A value from a file as it may stand in an error: short and on one line."""
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def command(main, *args):
@@ -203,55 +213,97 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Read a JSON file; a missing or broken one raises `UserError` naming it."""
+    """Read a JSON file; a missing, broken or enormous one raises `UserError` naming it."""
     try:
+        if os.path.getsize(path) > 2**30:
+            raise UserError(f"{path}: larger than 1 GiB, which no JSON file of ours is")
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of thousands of digits
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def save_tensors(path, tensors, dtype=torch.float32, keep=()):
-    """Write a state dict as safetensors, atomically: floating-point tensors in `dtype`, but for those named in `keep`."""
-    tensors = {name: x.detach().to("cpu", dtype if x.is_floating_point() and name not in keep else None).contiguous()
-               for name, x in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})  # older loaders insist on this
+STORED_AS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+             torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+
+
+def save_tensors(path, tensors, dtype=torch.float32, keep=(), metadata={"format": "pt"}):
+    """Write a state dict as safetensors, atomically: floating-point tensors in `dtype`, but for those named in `keep`.
+
+    dtype=None writes all of them as they are. metadata: texts for the file's header; older loaders insist on this default.
+    One tensor at a time: safetensors' own save_file holds a second copy of all of them in memory.
+    """
+    kinds = {name: dtype if dtype and x.is_floating_point() and name not in keep else x.dtype for name, x in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide types first: every tensor stays aligned
+    header, end = {"__metadata__": metadata}, 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": STORED_AS[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(tensors[name].detach().to("cpu", kinds[name]).contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,)
 
 
 def load_tensors(path):
-    """Read a safetensors file, {name: tensor}. Raises `UserError` if it is missing or damaged."""
+    """Open a safetensors file, {name: tensor}. The tensors are mapped from the file: its bytes are read when they are used.
+
+    Raises `UserError` if it is missing or damaged.
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({error})") from None
 
 
-def load_weights(module, tensors, path):
-    """Copy `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`."""
+def open_header(path):
+    """A safetensors file whose header has been read and checked, and none of its tensors. Raises `UserError`."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise UserError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=(), called={}):
+    """Put `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`.
+
+    They take the place of the module's own, which may therefore be on "meta", without memory. A tensor that already has the
+    right type and device stays mapped from the file. dtype: None is as stored; tensors named in `keep` become float32
+    otherwise. called: {name: its name in the file} where that differs, for the errors.
+    """
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     for kind, names in (("lacks", missing), ("has the unexpected", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {kind} tensor {names[0]}{more}; it belongs to a model of other sizes or another kind")
+            raise UserError(f"{path}: {kind} tensor {called.get(names[0], names[0])}{more}; it belongs to a model of other sizes "
+                            f"or another kind")
     for name, x in tensors.items():
+        tensor = f"{path}: tensor {called.get(name, name)}"
         if x.shape != wanted[name].shape:
-            raise UserError(f"{path}: tensor {name} is {list(x.shape)}, expected {list(wanted[name].shape)}")
-        if x.is_floating_point() != wanted[name].is_floating_point():
-            raise UserError(f"{path}: tensor {name} is {x.dtype}, expected {wanted[name].dtype}")
-        if not torch.isfinite(x).all():
-            raise UserError(f"{path}: tensor {name} holds NaN or infinite values")
-    module.load_state_dict(tensors)
+            raise UserError(f"{tensor} is {list(x.shape)}, expected {list(wanted[name].shape)}")
+        if x.is_floating_point() != wanted[name].is_floating_point() or x.is_floating_point() and x.element_size() < 2:
+            raise UserError(f"{tensor} is {x.dtype}, expected {wanted[name].dtype}")
+        # the extremes tell: NaN passes through both, and unlike isfinite they need no memory
+        if x.is_floating_point() and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
+            raise UserError(f"{tensor} holds NaN or infinite values")
+    def target(name, x):
+        return None if dtype is None or not x.is_floating_point() else torch.float32 if name in keep else dtype
+    module.load_state_dict({name: x.to(device, target(name, x)) for name, x in tensors.items()}, assign=True)
 
 
 def recommended_guidance(checkpoint):
-    """The guidance scale that config.json names under "sampling"; 7.5, the official default, if it does not."""
-    return read_json(os.path.join(checkpoint, "config.json")).get("sampling", {}).get("guidance_scale", 7.5)
+    """The guidance scale that our config.json names under "sampling"; 7.5, the official default, if nothing does."""
+    path = os.path.join(checkpoint, "config.json")
+    return read_json(path).get("sampling", {}).get("guidance_scale", 7.5) if os.path.isfile(path) else 7.5
 
 
 def save_resume(path, **state):
@@ -338,6 +390,185 @@ def claim_directory(config, settings, free, run):
     os.makedirs(config.out, exist_ok=True)
     if run.world > 1:
         dist.barrier()  # every process has looked before one of them writes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The Hugging Face hub: the same cache on disk as huggingface_hub, so that either finds what the other has fetched
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+RETRY_SECONDS = 1.0
+
+
+def find(name, config_file, weights_file):
+    """(path of the config, path of the weights) of a checkpoint: a directory, its weights file, or a hub name."""
+    name = os.fspath(name)
+    if os.path.isfile(name):
+        return os.path.join(os.path.dirname(name), config_file), name
+    if not os.path.isdir(name) and HUB_NAME.fullmatch(name):
+        try:
+            return hub_file(name, config_file), hub_file(name, weights_file)
+        except UserError as error:
+            raise UserError(f"{name}: not a file or directory here; {error}") from None
+    config_path = os.path.join(name, config_file)
+    if not os.path.isdir(name):
+        raise UserError(f"{config_path}: there is no directory {name}, nor is that a name on the hub (owner/name)")
+    return config_path, os.path.join(name, weights_file)
+
+
+def cache_directory():
+    """Where huggingface_hub keeps its files, by the same environment variables."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(home, "huggingface")
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+
+
+def hub_file(repository, file):
+    """A file of a hub repository -> its path in the cache, downloaded if it is not there. Raises `UserError`.
+
+    models--OWNER--NAME/ refs/main (the commit's name)   blobs/ETAG (the contents)   snapshots/COMMIT/FILE -> ../../blobs/ETAG
+    """
+    cache, folder = cache_directory(), "models--" + repository.replace("/", "--")
+    reference = os.path.join(cache, folder, "refs", "main")
+    commit = open(reference).read().strip() if os.path.isfile(reference) else ""
+    path = os.path.join(cache, folder, "snapshots", commit or "none", file)
+    if os.path.exists(path):
+        return path
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{repository}: {file} is not in the cache {cache}, and HF_HUB_OFFLINE forbids downloading it")
+    # the commit that is here already, if any: config and weights must belong together
+    commit, etag, size, url = hub_header(repository, file, "main" if commit in ("", no_commit(repository)) else commit)
+    blob = os.path.join(cache, folder, "blobs", etag)
+    path = os.path.join(cache, folder, "snapshots", commit, file)
+    try:
+        with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
+            if not os.path.isfile(blob):
+                fetch(url, blob, etag, size, f"{repository}/{file}")
+            if not os.path.exists(path):
+                with replacing(path) as temporary:
+                    os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
+            if not os.path.isfile(reference):
+                with replacing(reference) as temporary, open(temporary, "w") as out:
+                    out.write(commit)
+    except OSError as error:  # no space, no permission
+        raise UserError(f"{cache}: {repository}/{file} cannot be stored there ({error.strerror or error})") from None
+    return path
+
+
+def hub_header(repository, file, revision):
+    """Ask the hub for (commit, etag, size, address) of a file, without its contents. Raises `UserError`."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
+    for _ in range(5):  # redirects
+        answer = ask("HEAD", url, allow_redirects=False)  # the hub's own answer has the headers, not the storage behind it
+        moved = answer.headers.get("Location", "")
+        if answer.status_code not in (301, 302, 307, 308) or not moved.startswith("/"):
+            break
+        url = endpoint + moved  # the repository has another name now
+    if answer.status_code in (401, 403):
+        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence "
+                        f"at {endpoint}/{repository} and put your access token into HF_TOKEN")
+    if answer.status_code >= 400:
+        raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
+    commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
+    etag, size = etag.removeprefix("W/").strip('"'), answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
+    if not size.isdecimal():
+        raise UserError(f"{url}: the server does not say how long the file is")
+    # These become names of files, so they have to look like the hub's own. A plain file server has none: we make some up.
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        url = f"{endpoint}/{repository}/resolve/{commit}/{file}"
+    else:
+        commit = no_commit(repository)
+    if not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII):
+        etag = "other-" + hashlib.sha1(f"{url} {etag} {size}".encode()).hexdigest()
+    return commit, etag, int(size), url
+
+
+def no_commit(repository):
+    """Stands for the commit of a repository on a server that does not name it."""
+    return hashlib.sha1(repository.encode()).hexdigest()
+
+
+def ask(method, url, headers={}, **options):
+    """requests.request, with the token if there is one and without compression; no connection raises `UserError`."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {}), **headers}
+    try:
+        return requests.request(method, url, headers=headers, timeout=(10, 30), **options)
+    except (requests.RequestException, ValueError) as error:
+        raise UserError(f"{url}: cannot be reached ({type(error).__name__}); if this machine is offline, copy the files here and "
+                        f"name their directory") from None
+
+
+@contextmanager
+def locked(path):
+    """Hold a lock file: of several processes that want the same file, one downloads it and the others wait."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+        except ImportError:  # Windows
+            pass
+        yield
+
+
+def fetch(url, path, etag, size, label):
+    """Download `size` bytes to `path`, going on where an earlier attempt broke off; they must have the digest that is their etag."""
+    part, failures, problem = path + ".incomplete", 0, ""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    open(part, "ab").close()
+    if os.path.getsize(part) > size:
+        os.truncate(part, 0)
+    while (have := os.path.getsize(part)) < size:
+        if failures == 5:
+            raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again to go on from there")
+        problem = "closed too early"
+        try:
+            with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
+                if answer.status_code == 200 and have:  # no ranges here
+                    os.truncate(part, 0)
+                resumes = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+                if answer.status_code != 200 and not resumes:
+                    problem = f"the server answered {answer.status_code}"
+                else:
+                    receive(answer, part, size, label)
+        except requests.RequestException as error:
+            problem = type(error).__name__
+        except UserError:
+            problem = "no connection"
+        if os.path.getsize(part) <= have:
+            failures += 1
+            time.sleep(RETRY_SECONDS * failures)
+    digest = file_digest(part, etag)
+    if os.path.getsize(part) != size or digest not in (None, etag):
+        os.remove(part)
+        raise UserError(f"{label}: what arrived is not the file (its digest or length is wrong); nothing was kept, try again")
+    os.replace(part, path)
+
+
+def receive(answer, part, size, label):
+    """Append the answer's bytes to `part`, with one line of progress; stops as soon as there are more than `size`."""
+    with open(part, "ab") as file:
+        shown_at = 0.0
+        for chunk in answer.iter_content(2**16):  # if the connection breaks, the chunk under way is lost
+            file.write(chunk)
+            have = file.tell()
+            if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
+                print(f"\r{label}: {have / 1e6:,.0f} of {size / 1e6:,.0f} MB", end="\n" if have >= size else "", file=sys.stderr, flush=True)
+                shown_at = time.time()
+            if have > size:
+                return
+
+
+def file_digest(path, etag):
+    """The digest that an etag of this length is: sha256 for large files, git's sha1 for small ones; None if neither."""
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        return None
+    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class TokenizerConfig:
     position_std: float = 0.02        # of the decoder's register positions
     code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
     head_std: float = 0.0             # of the encoder's last layer, the one that feeds FSQ
+    repa_widths: tuple = ()           # official checkpoints may hold a REPA head; nothing here uses it, saving keeps it
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -400,6 +401,9 @@ class FlexTok(nn.Module):
         self.encoder = Encoder(config)
         self.fsq = FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)     # FORK: another quantizer
         self.decoder = Decoder(config)
+        widths = list(zip(config.repa_widths, config.repa_widths[1:]))
+        self.repa_head = nn.ModuleList(nn.Linear(a, b) for a, b in widths).requires_grad_(False)
+        self.official = {}  # the config of the official checkpoint that this came from, for `export_official`
 
     @property
     def image_size(self):
@@ -498,26 +502,45 @@ class FlexTok(nn.Module):
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
+        origin = {"official": self.official} if self.official else {}
         write_json(os.path.join(directory, "config.json"),
-                   {"format": "minFlexTok", "tokenizer": asdict(self.config), "vae": asdict(self.vae.config), **notes})
+                   {"format": "minFlexTok", "tokenizer": asdict(self.config), "vae": asdict(self.vae.config), **origin, **notes})
         tensors = self.state_dict()
         save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, keep=fixed_tables(tensors))
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu"):
-        """Read what `save_pretrained` wrote, in float32, in eval mode. Raises UserError naming the file and the reason."""
-        path = os.path.join(directory, "config.json")
-        saved = read_json(path)
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
+        """Read a tokenizer, ours or an official one: a directory, a safetensors file, or a name on the Hugging Face hub.
+
+        In eval mode. dtype: of the weights; None is as stored; models in 16 bits run under torch.autocast. Raises UserError
+        naming the file and the reason.
+        """
+        path = os.path.join(name, "config.json")
+        saved = read_json(path) if os.path.isfile(path) else None
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok":
-            raise UserError(f'{path}: not a minFlexTok tokenizer (expected "format": "minFlexTok")')
+            from pretrained import read_flextok
+            return read_flextok(name, device, dtype)
         try:
-            config, vae = TokenizerConfig(**_tuples(saved["tokenizer"])), VAE(VAEConfig(**_tuples(saved["vae"])))
-            model = cls(config, vae)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: does not describe a tokenizer ({error})") from None
-        weights = os.path.join(directory, "model.safetensors")
-        load_weights(model, load_tensors(weights), weights)
+            model = unloaded(TokenizerConfig(**_tuples(saved["tokenizer"])), VAEConfig(**_tuples(saved["vae"])))
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{path}: does not describe a tokenizer ({str(error).splitlines()[0]})") from None
+        model.official = saved.get("official", {})
+        weights = os.path.join(name, "model.safetensors")
+        tensors = load_tensors(weights)
+        load_weights(model, tensors, weights, device, dtype, keep=fixed_tables(tensors))
         return model.to(device).eval()
+
+
+def unloaded(config, vae_config):
+    """A FlexTok whose tensors have shapes but no memory yet, for `load_weights` to fill. Raises ValueError for silly sizes."""
+    layers = (config.enc_depth + config.dec_depth + len(config.repa_widths)
+              + vae_config.layers_per_block * len(vae_config.block_out_channels))
+    if layers > 1000:  # even without memory, a billion layers would never end
+        raise ValueError(f"{layers} layers, at most 1000 are read")
+    with torch.device("meta"):
+        model = FlexTok(config, VAE(vae_config))
+    model.fsq = FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)  # its constants are in no file
+    return model
 
 
 def fixed_tables(names):

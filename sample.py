@@ -121,8 +121,9 @@ def generate(config):
     if not 0 <= config.top_p <= 1:
         raise UserError(f"--top_p {config.top_p}: expected 0 to 1")
     tokenizer, gpt = load(config), GPT.from_pretrained(config.prior, device=pick_device(config.device))
-    made_by = read_json(os.path.join(config.prior, "config.json"))
-    if made_by.get("tokenizer") != tokenizer.fingerprint():
+    described = os.path.join(config.prior, "config.json")
+    made_by = read_json(described) if os.path.isfile(described) else {}  # released priors do not say by whose tokens
+    if made_by.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint() or gpt.config.vocab_size != tokenizer.fsq.vocab_size:
         raise UserError(f"{config.prior}: was trained on the tokens of another tokenizer than {config.checkpoint}")
     k = config.k or gpt.config.length
     if not 1 <= k <= gpt.config.length:

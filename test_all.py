@@ -5,16 +5,21 @@ All tests, in reading order. Each section's header says which mistakes it exists
     python test_all.py judge out/cpu out/cpu-prior      # scores a trained prior, two minutes
 """
 import dataclasses
+import hashlib
+import http.server
 import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -40,6 +45,7 @@ from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches
 from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, powers_of_two, round_up_to_pow2, sample_k,
                    sincos_2d, unpatchify)
+from pretrained import export_official
 from text import CaptionConfig, CaptionEncoder
 from vae import VAE, Posterior, VAEConfig, VAETrainConfig, adaptive_weight, config_from_diffusers, hinge_loss, spread
 
@@ -729,61 +735,26 @@ def test_vae_presets_are_settings_that_exist_and_fit_together():
 # golden: the official code's numbers, computed on small random models. Catches everything a plausible but different
 # implementation gets wrong: the order of chunks, the direction of positions, the mask, the momentum of APG.
 
-# (official name, our name); {i} is a block's number
-OFFICIAL_NAMES = [
-    ("encoder.module_dict.enc_patch_emb.patch_proj.", "encoder.patch_embed.proj."),
-    ("encoder.module_dict.enc_posemb_module.posembs", "encoder.patch_embed.positions"),
-    ("encoder.module_dict.enc_register_module.registers", "encoder.registers"),
-    ("encoder.module_dict.enc_transformer.blocks.", "encoder.blocks."),
-    ("encoder.module_dict.enc_to_latents.proj.", "encoder.head."),
-    ("decoder.module_dict.dec_from_latents.proj.", "decoder.from_codes."),
-    ("decoder.module_dict.dec_registers_posemb_module.posembs", "decoder.positions"),
-    ("decoder.module_dict.dec_nested_dropout.dropout_mask_token", "decoder.mask_token"),
-    ("decoder.module_dict.dec_latent_dropout.nullcond", "decoder.null_token"),
-    ("decoder.module_dict.dec_noise_patch_emb.patch_proj.", "decoder.patch_embed.proj."),
-    ("decoder.module_dict.dec_patches_posemb_module.posembs", "decoder.patch_embed.positions"),
-    ("decoder.module_dict.dec_time_embedder.mlp.", "decoder.time_embed.mlp."),
-    ("decoder.module_dict.dec_transformer.blocks.", "decoder.blocks."),
-    ("decoder.module_dict.dec_to_patches.adaLN_modulation.1.", "decoder.head_adaln."),
-    ("decoder.module_dict.dec_to_patches.proj.", "decoder.head."),
-    ("vae.vae.", "vae."),
-]
 
-
-def our_name(official):
-    for old, new in OFFICIAL_NAMES:
-        if official.startswith(old):
-            return (new + official[len(old):]).replace(".adaLN_modulation.1.", ".adaln.")
-    raise KeyError(official)
-
-
-def load_official(directory):
-    """A FlexTok of ours with the sizes of the official config.json and the weights beside it."""
-    config = json.load(open(f"{directory}/config.json"))
-    enc, dec = config["encoder"]["module_dict"], config["decoder"]["module_dict"]
-    tokenizer = FlexTok(TokenizerConfig(
-        latent_channels=enc["enc_patch_emb"]["channels_in"], grid=tuple(enc["enc_posemb_module"]["max_sizes"]),
-        patch_size=enc["enc_patch_emb"]["patch_sizes"][0],
-        enc_width=enc["enc_transformer"]["dim"], enc_depth=enc["enc_transformer"]["depth"], enc_head_dim=enc["enc_transformer"]["head_dim"],
-        dec_width=dec["dec_transformer"]["dim"], dec_depth=dec["dec_transformer"]["depth"], dec_head_dim=dec["dec_transformer"]["head_dim"],
-        registers=enc["enc_register_module"]["n_max"], levels=tuple(config["regularizer"]["levels"]),
-        max_timestep=dec["dec_time_embedder"]["max_timestep"]), VAE.from_pretrained(f"{directory}/vae"))
-    tensors = {our_name(name): x for name, x in load_file(f"{directory}/model.safetensors").items() if "repa" not in name}
-    tensors["decoder.positions"] = tensors["decoder.positions"][0, 0].T
-    computed = {name: x.clone() for name, x in tokenizer.state_dict().items() if name.endswith("embed.positions")}
-    for name, x in computed.items():
-        assert (x - tensors[name]).abs().max() < 1e-5, "our sine-cosine table differs from the stored one"
-    tokenizer.load_state_dict(tensors)
-    return tokenizer.eval()
+def golden_directory(name):
+    """Where golden/`name` is, or a skipped test: the large ones are kept outside the repository."""
+    directory = next((d for d in (f"{HERE}/golden/{name}", f"{HERE}/../shared/golden/{name}") if os.path.isdir(d)), None)
+    if directory is None:
+        pytest.skip(f"{name} is not here (10 MB, not shipped with the repository)")
+    return directory
 
 
 @pytest.fixture(scope="module", params=["flextok_tiny", "flextok_geom"])
 def golden(request):
-    """(our model with official weights, expected tensors, expected.json); geom is kept outside the repository."""
-    directory = next((d for d in (f"{HERE}/golden/{request.param}", f"{HERE}/../shared/golden/{request.param}") if os.path.isdir(d)), None)
-    if directory is None:
-        pytest.skip(f"{request.param} is not here (10 MB, not shipped with the repository)")
-    return load_official(directory), load_file(f"{directory}/expected.safetensors"), json.load(open(f"{directory}/expected.json"))
+    """(our model with official weights, expected tensors, expected.json)."""
+    directory = golden_directory(request.param)
+    return FlexTok.from_pretrained(directory), load_file(f"{directory}/expected.safetensors"), json.load(open(f"{directory}/expected.json"))
+
+
+def test_the_official_table_of_positions_is_ours(golden):
+    tokenizer, _, _ = golden
+    for embed in (tokenizer.encoder.patch_embed, tokenizer.decoder.patch_embed):
+        assert (embed.positions - sincos_2d(embed.proj.out_features, *tokenizer.config.grid)).abs().max() < 1e-5
 
 
 def images_of(expected):
@@ -840,7 +811,7 @@ def test_official_velocities_come_out_for_every_mix_of_lengths_and_null_conditio
 @torch.no_grad()
 def test_official_block_outputs_come_out_one_by_one():
     """Says in which block a difference begins. The decoder's are those of the case keep_5_2."""
-    tokenizer = load_official(f"{HERE}/golden/flextok_tiny")
+    tokenizer = FlexTok.from_pretrained(f"{HERE}/golden/flextok_tiny")
     expected, inside = (load_file(f"{HERE}/golden/flextok_tiny/{name}.safetensors") for name in ("expected", "intermediates"))
     seen = {}
     for part, trunk in (("enc", tokenizer.encoder), ("dec", tokenizer.decoder)):
@@ -895,12 +866,14 @@ def test_official_training_losses_and_gradients_come_out(golden):
         assert abs(loss.item() - how["loss"]) < 1e-4
         loss.backward()
         ours = dict(tokenizer.named_parameters())
+        _, names = pretrained.follow_config(tokenizer.official, "golden")
+        our_name = {pretrained.official_name(name, names, tokenizer.config): name for name in ours}
         compared = 0
         for official, want in how["grad_norms"].items():
             if "posembs" in official and "registers" not in official or "repa" in official or official.startswith("vae."):
                 continue
             official = official.replace("_checkpoint_wrapped_module.", "")
-            grad = ours[our_name(official)].grad
+            grad = ours[our_name[official]].grad
             if want is None or want == 0:
                 assert grad is None or grad.abs().max() == 0, official
                 continue
@@ -1927,6 +1900,611 @@ def test_the_judge_counts_what_is_right():
     assert kind == 1 and colour == both == (colours == colours.roll(1)).float().mean()
     net = train_classifier(3, 16)
     assert net(torch.zeros(2, 3, 16, 16)).shape == (2, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# pretrained: catches a tensor renamed wrongly or left out, a config taken for granted instead of read, an option that is
+# silently ignored, a file that makes us run or allocate something, half a download under its final name.
+
+
+def a_config(directory=f"{HERE}/golden/flextok_tiny"):
+    return json.load(open(f"{directory}/config.json"))
+
+
+def a_checkpoint(directory, config=None, tensors=None, metadata=None):
+    """golden/flextok_tiny written again to `directory`, changed; metadata: the single-file form's."""
+    source = f"{HERE}/golden/flextok_tiny"
+    shutil.copytree(f"{source}/vae", directory / "vae", dirs_exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config or a_config()))
+    save_file(tensors or load_file(f"{source}/model.safetensors"), directory / "model.safetensors", metadata)
+    return str(directory)
+
+
+def refusal(path):
+    """The sentence with which FlexTok.from_pretrained refuses `path`."""
+    with pytest.raises(UserError) as caught:
+        FlexTok.from_pretrained(str(path))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_official_form_gives_the_same_model(tmp_path):
+    source = f"{HERE}/golden/flextok_tiny"
+    expected = FlexTok.from_pretrained(source)
+    as_text = {name: str(value) for name, value in {"_target_": "flextok.flextok_wrapper.FlexTok", **a_config()}.items()}
+    hub_form = a_checkpoint(tmp_path / "hub")
+    single = a_checkpoint(tmp_path / "single", metadata=as_text)
+    os.remove(f"{single}/config.json")
+    # names of modules and entries, and where a choice remains the order of modules, are the config's own
+    config = json.loads(json.dumps(a_config()).replace("enc_", "e.").replace('"vae_latents"', '"z"'))
+    decoder = config["decoder"]["module_dict"]
+    config["decoder"]["module_dict"] = {name: decoder[name] for name in sorted(decoder, key=lambda name: name != "dec_time_embedder")}
+    decoder["dec_channels_to_first"]["per_sample_op"] = {"_target_": "flextok.model.utils.dict_ops.channels_last_to_first", "_partial_": True}
+    renamed = {name.replace("enc_", "e."): x for name, x in load_file(f"{source}/model.safetensors").items()}
+    wrapped = {name.replace(".blocks.0.", ".blocks.0._checkpoint_wrapped_module."): x for name, x in renamed.items()}
+    renamed, wrapped = a_checkpoint(tmp_path / "renamed", config, renamed), a_checkpoint(tmp_path / "wrapped", config, wrapped)
+    for path in (f"{source}/model.safetensors", hub_form, single, f"{single}/model.safetensors", renamed, wrapped):
+        tokenizer = FlexTok.from_pretrained(path)
+        assert tokenizer.config == expected.config and tokenizer.vae.config == expected.vae.config and not tokenizer.training
+        assert same_tensors(tokenizer.state_dict(), expected.state_dict())
+        export_official(tokenizer, str(tmp_path / "out"))
+        assert (json.load(open(tmp_path / "out/config.json"))["encoder"] == config["encoder"]) == (path in (renamed, wrapped))
+
+
+def test_official_to_ours_to_official_is_the_same_bytes_and_the_same_config(golden, tmp_path):
+    tokenizer, _, _ = golden
+    directory = golden_directory("flextok_geom" if tokenizer.config.repa_widths else "flextok_tiny")
+    before = load_file(f"{directory}/model.safetensors")
+    FlexTok.from_pretrained(directory).save_pretrained(str(tmp_path / "ours"))
+    export_official(FlexTok.from_pretrained(str(tmp_path / "ours")), str(tmp_path / "again"))
+    assert same_tensors(load_file(tmp_path / "again/model.safetensors"), before)
+    assert a_config(tmp_path / "again") == a_config(directory)
+    assert pretrained.read_metadata(tmp_path / "again/model.safetensors") == pretrained.read_metadata(f"{directory}/model.safetensors")
+    assert pretrained.official_config(tokenizer.config, tokenizer.vae.config) == a_config(directory)  # written from sizes alone
+
+
+def test_settings_of_training_and_every_stored_type_survive_the_round_trip(tmp_path):
+    config = a_config()
+    config["decoder"]["module_dict"]["dec_latent_dropout"]["dropout_prob"] = 0.3
+    config["flow_matching_noise_module"]["mode_scale"] = 1.29
+    tensors = {name: x if "vae" in name else x.bfloat16() for name, x in load_file(f"{HERE}/golden/flextok_tiny/model.safetensors").items()}
+    source = a_checkpoint(tmp_path / "a", config, tensors)
+    assert {x.dtype for x in FlexTok.from_pretrained(source).state_dict().values()} == {torch.float32}
+    half = FlexTok.from_pretrained(source, dtype=torch.bfloat16)
+    assert half.decoder.head.weight.dtype == torch.bfloat16 and half.decoder.patch_embed.positions.dtype == torch.float32
+    pretrained.main(["convert", source, str(tmp_path / "ours")])
+    pretrained.main(["convert", str(tmp_path / "ours"), str(tmp_path / "official")])
+    assert same_tensors(load_file(tmp_path / "official/model.safetensors"), tensors) and a_config(tmp_path / "official") == config
+    smaller = FlexTok.from_pretrained(source)  # a config that no longer fits is not written
+    smaller.config = dataclasses.replace(smaller.config, max_timestep=2.0)
+    export_official(smaller, str(tmp_path / "changed"))
+    assert FlexTok.from_pretrained(str(tmp_path / "changed")).config == smaller.config
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 6)])
+def test_a_model_made_here_computes_the_same_after_export_and_import(tmp_path, grid):
+    tokenizer = a_tokenizer(dataclasses.replace(SMALL, grid=grid, max_timestep=1000.0, levels=(7, 4, 4, 3)))
+    images = torch.rand(2, 3, *tokenizer.image_size) * 2 - 1
+    export_official(tokenizer, str(tmp_path))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        again = FlexTok.from_pretrained(str(path))
+        tokens = again.tokenize(images)
+        assert torch.equal(torch.cat(tokens), torch.cat(tokenizer.tokenize(images)))
+        rebuilt = [t.detokenize(tokens, 2, generator=torch.Generator().manual_seed(0)) for t in (again, tokenizer)]
+        assert torch.equal(*rebuilt)
+    assert VAE.from_pretrained(str(tmp_path / "vae")).config == tokenizer.vae.config
+    assert "format" not in pretrained.read_metadata(tmp_path / "model.safetensors")
+    (tmp_path / "vae/config.json").unlink()
+    assert "hf_hub_path" in refusal(tmp_path)
+
+
+def test_the_keys_of_d12_d12_are_the_official_ones_and_d18_d28_has_its_size():
+    tokenizer = model.unloaded(TokenizerConfig(), VAEConfig())
+    _, names = pretrained.follow_config(pretrained.official_config(tokenizer.config, tokenizer.vae.config), "d12-d12")
+    ours = {pretrained.official_name(name, names, tokenizer.config): tuple(x.shape) for name, x in tokenizer.state_dict().items()}
+    ours["decoder.module_dict.dec_registers_posemb_module.posembs"] = (1, 1, 768, 256)
+    lines = [line.split("\t") for line in open(f"{HERE}/golden/keys_d12_d12.txt") if not line.startswith("#")]
+    assert ours == {name: tuple(map(int, re.findall(r"\d+", shape))) for name, shape in lines}
+    large = model.unloaded(TokenizerConfig(enc_width=1152, enc_depth=18, dec_width=1792, dec_depth=28), VAEConfig())
+    assert sum(x.numel() for name, x in large.state_dict().items() if not name.startswith("vae.")) == 2_457_061_830
+
+
+def change(config, path, value):
+    """Set what stands at path, "part/module/argument", to `value`; ... deletes it."""
+    *path, last = path.split("/")
+    for key in path:
+        config = config.get("module_dict", config)[key]
+    config = config if last == "module_dict" else config.get("module_dict", config)
+    if value is ...:
+        del config[last]
+    else:
+        config[last] = value
+
+
+@pytest.mark.parametrize("path, value, words", [
+    ("decoder/dec_latent_dropout/_target_", "flextok.model.preprocessors.nullcond.ZeroNullCond", "dec_latent_dropout is 'ZeroNullCond', which is not"),
+    ("decoder/dec_transformer/_target_", "flextok.model.trunks.transformers.FlexTransformerDecoder", "FlexTransformerDecoder"),
+    ("encoder/enc_to_latents/use_mup_readout", True, "use_mup_readout True is not supported"),
+    ("decoder/dec_to_patches/adaLN_emb_read_key", ..., "adaLN_emb_read_key"),
+    ("decoder/dec_latent_dropout/replace_with_single_token", True, "replace_with_single_token True"),
+    ("decoder/dec_seq_packer/mask_mode", "causal_last", "mask_mode 'causal_last' is not supported, expected 'full'"),
+    ("encoder/enc_seq_packer/input_list_read_keys", ["enc_registers", "enc_vae_latents_patched"], "enc_seq_packer"),
+    ("decoder/dec_seq_packer/input_list_read_keys", ["dec_quants", "dec_patches"], "wired in another way"),
+    ("decoder/dec_patches_posemb_module/posemb_type", "learnable_sum", "posemb_type"),
+    ("decoder/dec_patches_posemb_module/posemb_scaling", "interpolate", "posemb_scaling 'interpolate'"),
+    ("decoder/dec_transformer/qk_norm", False, "qk_norm False"),
+    ("decoder/dec_transformer/rope", "2d", "rope '2d'"),
+    ("encoder/enc_transformer/adaLN_emb_read_key", "timesteps", "adaLN_emb_read_key 'timesteps' is not supported"),
+    ("decoder/dec_transformer/adaLN_expansion", 1, "adaLN_expansion 1"),
+    ("decoder/dec_transformer/dim", 128, "dim 128, but another module has 64"),
+    ("decoder/dec_transformer/dim", 1_000_000, "dim 1000000, expected 1 whole number from 1 to 32768"),
+    ("encoder/enc_transformer/depth", 10**9, "depth 1000000000, expected"),
+    ("encoder/enc_transformer/depth", 3, "lacks tensor encoder.module_dict.enc_transformer.blocks.2.attn.proj.weight"),
+    ("encoder/enc_transformer/head_dim", 33, "not a multiple of head_dim 33"),
+    ("encoder/enc_patch_emb/patch_sizes", [2, 4], "expected equal numbers"),
+    ("encoder/enc_register_module/n_max", 17, "another module has"),
+    ("encoder/enc_register_module/n_eval", 8, "n_eval"),
+    ("decoder/dec_time_embedder/max_timestep", "1", "max_timestep '1'"),
+    ("decoder/dec_time_embedder", ..., "adaLN_emb_read_key holds None, expected 'embedded t'"),
+    ("decoder/dec_transformer", 3, "dec_transformer is None"),
+    ("decoder/dec_first", {"_target_": "flextok.x.TimestepEmbedder"}, "dec_first (TimestepEmbedder) is one too many"),
+    ("decoder/module_dict", [], "expected SequentialModuleDictWrapper"),
+    ("regularizer/levels", [8, 8, 8, 5, 5, 1], "levels"),
+    ("regularizer/levels", [8, 8, 8], "levels"),
+    ("regularizer/_target_", "flextok.regularizers.quantize_vq.VQ", "'VQ', which is not supported"),
+    ("pipeline/out_channels", 8, "out_channels 8, but another"),
+    ("pipeline/reconst_write_key", "quants", "reconst_write_key"),
+    ("vae/latent_channels", 8, "channels_in 16, but another module has 8"),
+    ("vae/scaling_factor", float("nan"), "scaling_factor"),
+    ("vae/hf_hub_path", "../vae", "hf_hub_path '../vae' is neither"),
+    ("vae/hf_hub_path", "/etc", "hf_hub_path '/etc'"),
+    ("vae/hf_hub_path", None, "vae.vae."),
+    ("encoder", ..., "not a minFlexTok tokenizer"),
+    ("pipeline", ..., "pipeline is None"),
+    ("extra", {}, "unknown part extra"),
+])
+def test_what_a_config_asks_for_and_we_do_not_have_is_refused_by_name(tmp_path, path, value, words):
+    config = a_config()
+    change(config, path, value)
+    sentence = refusal(a_checkpoint(tmp_path, config))
+    assert words in sentence and str(tmp_path) in sentence, sentence
+
+
+def test_module_order_is_verified(tmp_path):
+    config = a_config()
+    for part in ("encoder", "decoder"):
+        modules = config[part]["module_dict"]
+        names, refused = list(modules), 0
+        for i in range(len(names) - 1):  # neighbours that do not depend on each other may change places
+            swapped = names[:i] + [names[i + 1], names[i]] + names[i + 2:]
+            try:
+                pretrained.follow_config({**config, part: {**config[part], "module_dict": {name: modules[name] for name in swapped}}}, "x")
+            except UserError:
+                refused += 1
+        assert refused >= len(names) - 5, part
+
+
+def test_nothing_that_a_file_names_is_run_at_any_depth(tmp_path):
+    bomb, trace = {"_target_": "os.system", "command": f"touch {tmp_path}/executed"}, tmp_path / "executed"
+    places = []
+
+    def walk(value, path):
+        for key in (list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []):
+            places.append([*path, key])
+            walk(value[key], [*path, key])
+
+    walk(a_config(), [])
+    assert len(places) > 200
+    for place in places:
+        config = a_config()
+        inner = config
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = bomb
+        with pytest.raises(UserError, match="nothing of the official package; nothing was run"):
+            pretrained.follow_config(config, "x")
+    for text in (f"__import__('os').system('touch {trace}')", "[" * 5000 + "]" * 5000, "-" * 5000 + "1", "(" * 300, "1" * 5000, "x" * 2**21, "{'a': {1, 2}}"):
+        message = refusal(a_checkpoint(tmp_path / "text", metadata={**{name: str(value) for name, value in a_config().items()}, "decoder": text}) + "/model.safetensors")
+        assert "decoder is" in message and len(message) < 400
+    assert not trace.exists()
+
+
+def header_file(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def test_broken_and_hostile_files_are_refused_in_a_sentence(tmp_path):
+    directory = a_checkpoint(tmp_path / "a")
+    weights = tmp_path / "a/model.safetensors"
+    whole = weights.read_bytes()
+    size = struct.unpack("<Q", whole[:8])[0]
+    header, data = json.loads(whole[8:8 + size]), whole[8 + size:]
+    first, second = sorted(header, key=lambda name: header[name].get("data_offsets", [0])[0] if name != "__metadata__" else 9**9)[:2]
+    torch.save({"a": torch.zeros(3)}, weights)
+    assert "not a valid safetensors" in refusal(directory)
+    overlapping = json.loads(json.dumps(header))
+    overlapping[second]["data_offsets"] = overlapping[first]["data_offsets"]
+    negative, huge = json.loads(json.dumps(header)), json.loads(json.dumps(header))
+    negative[first]["shape"] = [-1, -5]
+    huge[first]["shape"] = [2**40, 2**40]
+    for broken in (overlapping, negative, huge, b"[" * 5000 + b"]" * 5000, b"{}", {first: {"dtype": "F32"}}, [1, 2], b"\xff\xfe"):
+        header_file(weights, broken, data)
+        assert str(weights) in refusal(directory)
+    for content in (b"", whole[:4], whole[:8 + size // 2], whole[:-1], whole + b"0", struct.pack("<Q", 2**63) + whole[8:]):
+        weights.write_bytes(content)
+        assert "not a valid safetensors" in refusal(directory)
+    (tmp_path / "a/config.json").write_text("[" * 5000 + "]" * 5000)
+    weights.write_bytes(whole)
+    assert "config.json" in refusal(directory)
+    (tmp_path / "a/config.json").write_text('{"encoder": ' * 900 + "1" + "}" * 900)
+    assert "nested" in refusal(directory) or "JSON" in refusal(directory)
+    (tmp_path / "a/config.json").write_text('{"encoder": ' + "1" * 5000 + "}")
+    assert "config.json" in refusal(directory)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("decoder.module_dict.dec_latent_dropout.nullcond", None, "lacks tensor decoder.module_dict.dec_latent_dropout.nullcond"),
+    ("decoder.module_dict.dec_registers_posemb_module.posembs", None, "lacks tensor decoder.module_dict.dec_registers"),
+    ("decoder.module_dict.dec_more.weight", torch.zeros(2), "unexpected tensor decoder.module_dict.dec_more.weight"),
+    ("decoder.module_dict.dec_latent_dropout.nullcond", torch.zeros(65), "nullcond is [65], expected [64]"),
+    ("decoder.module_dict.dec_registers_posemb_module.posembs", torch.zeros(1, 1, 16, 64), "posembs is [1, 1, 16, 64], expected [1, 1, 64, 16]"),
+    ("encoder.module_dict.enc_to_latents.proj.bias", torch.full((6,), math.nan), "enc_to_latents.proj.bias holds NaN"),
+    ("encoder.module_dict.enc_to_latents.proj.bias", torch.full((6,), -math.inf), "holds NaN or infinite"),
+    ("encoder.module_dict.enc_to_latents.proj.bias", torch.zeros(6, dtype=torch.int64), "is torch.int64, expected torch.float32"),
+    ("encoder.module_dict.enc_to_latents.proj.bias", torch.zeros(6).to(torch.float8_e5m2), "float8_e5m2"),
+    ("encoder.module_dict.enc_to_latents._orig_mod.proj.bias", torch.zeros(6), "twice"),
+    ("vae.vae.encoder.conv_in.bias", torch.zeros(17), "vae.vae.encoder.conv_in.bias is [17]"),
+])
+def test_weights_that_do_not_fit_the_config_are_named(tmp_path, name, value, words):
+    tensors = load_file(f"{HERE}/golden/flextok_tiny/model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value
+    sentence = refusal(a_checkpoint(tmp_path, tensors=tensors))
+    assert words in sentence and str(tmp_path / "model.safetensors") in sentence, sentence
+
+
+def test_our_own_config_cannot_ask_for_the_moon_either(tmp_path):
+    a_tokenizer().save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field, value, words in (("enc_depth", 10**9, "layers"), ("enc_width", 2**20, "tensor"), ("enc_width", -64, "does not describe"),
+                                ("registers", 2**62, ""), ("levels", [8] * 10**4, "does not describe"), ("grid", 3, "does not describe")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tokenizer": {**config["tokenizer"], field: value}}))
+        assert words in refusal(tmp_path)
+
+
+def test_a_vae_is_read_from_its_directory_or_its_weights_file_and_exported_as_it_is(tmp_path):
+    for c in (4, 8, 16):
+        folder = f"{HERE}/golden/vae_c{c}"
+        vae = VAE.from_pretrained(f"{folder}/{WEIGHTS}", dtype=None)
+        assert vae.config.latent_channels == c and vae.config == VAE.from_pretrained(folder).config
+        export_official(vae, str(tmp_path / str(c)))
+        assert same_tensors(load_file(tmp_path / f"{c}/{WEIGHTS}"), load_file(f"{folder}/{WEIGHTS}"))
+    with pytest.raises(UserError, match="there is no directory gone"):
+        VAE.from_pretrained("gone")
+
+
+def test_a_released_prior_goes_to_our_form_and_back_unchanged(flexar, tmp_path):
+    gpt = flexar[0]
+    name = "t2i" if gpt.config.text_width else "c2i_alt" if gpt.config.norm == "layer" else "c2i"
+    directory = next(d for d in (f"{HERE}/golden/flexar_{name}", f"{HERE}/../shared/golden/flexar/{name}") if os.path.isdir(d))
+    before = {name: x for name, x in load_file(f"{directory}/model.safetensors").items() if "image_tokenizer" not in name}
+    gpt.save_pretrained(str(tmp_path / "ours"))
+    export_official(GPT.from_pretrained(str(tmp_path / "ours")), str(tmp_path / "again"))
+    assert same_tensors(load_file(tmp_path / "again/model.safetensors"), before)
+    assert (tmp_path / "again/config.yaml").read_text() == open(f"{directory}/config.yaml").read()
+    # written from sizes alone, it says the same but for what the sizes do not tell
+    theirs, ours = pretrained.read_yaml(f"{directory}/config.yaml"), pretrained.flexar_yaml(gpt.config, "EPFL-VILAB/flextok_d18_d28_dfn")
+    ours = pretrained.parse_yaml("\n".join(pretrained.yaml_lines(ours)), "ours")
+    def leaves(tree, path=()):
+        return {leaf for name, value in tree.items() for leaf in (leaves(value, (*path, name)) if isinstance(value, dict) else [(*path, name, value)])}
+    differing = {leaf[-2] for leaf in leaves(theirs) ^ leaves(ours)}
+    assert differing <= {"multiple_of", "pos_embed_type", "encoder_seqlen_max"}
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(classes=0, text_width=24), dict(norm="layer", activation="gelu", qk_norm="rms",
+                         biases=("qkv", "mlp", "proj", "head"), post_norm=False), dict(hidden=0, attention_scale=0.1), dict(activation="gelu_tanh")])
+@torch.no_grad()
+def test_a_prior_made_here_computes_the_same_after_export_and_import(tmp_path, changes):
+    gpt = small_gpt(**changes)
+    condition, gpt.text_encoder = condition_of(gpt, 2), None
+    export_official(gpt, str(tmp_path), tokenizer="a/b")
+    assert "model_id: a/b\n" in (tmp_path / "config.yaml").read_text()
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        again, tokens = GPT.from_pretrained(str(path)), torch.randint(50, (2, 12))
+        assert torch.equal(again(tokens, **condition), gpt(tokens, **condition))
+        assert dataclasses.replace(again.config, hidden=gpt.config.hidden, biases=gpt.config.biases) == gpt.config
+    with pytest.raises(UserError, match="caption encoder"):
+        export_official(small_gpt(text_width=24), str(tmp_path))
+    with pytest.raises(UserError, match="geglu"):
+        export_official(small_gpt(activation="geglu"), str(tmp_path))
+
+
+def test_a_prior_whose_files_are_broken_or_hostile_is_refused(tmp_path):
+    source = f"{HERE}/golden/flexar_c2i_alt"
+    text, tensors, prefix = open(f"{source}/config.yaml").read(), load_file(f"{source}/model.safetensors"), "models.ar_image_model."
+    for changed, more, words in (
+            (text.replace("torch.nn.Identity", "os.system"), {}, "config.yaml: _target_ 'os.system' is nothing of the official package"),
+            (text + "".join(" " * i + "a:\n" for i in range(5000)), {}, "nested"), ("no yaml", {}, "cannot read the line"),
+            (text.replace("num_heads: 2", "num_heads: 0"), {}, "ZeroDivisionError"), (text.replace("num_heads: 2", "num_heads: x"), {}, "ValueError"),
+            (text, {prefix + "trunk.blocks.999999999.norm_1.weight": torch.zeros(64)}, "only"),
+            (text, {prefix + "trunk.blocks.x.norm_1.weight": torch.zeros(64)}, "does not describe"),
+            (text, {prefix + "head.linear.bias": torch.full((120,), math.nan)}, "models.ar_image_model.head.linear.bias holds NaN"),
+            (text, {prefix + "head.linear.bias": torch.zeros(120, dtype=torch.int64)}, "torch.int64"),
+            (text, {prefix + "head.more": torch.zeros(1)}, "unexpected tensor models.ar_image_model.head.more"),
+            (text, {"models.other.weight": torch.zeros(1)}, "models.other.weight; this is no FlexAR prior"),
+            (text, {prefix + "preprocessor.embedding.weight": torch.zeros(3)}, "does not describe")):
+        (tmp_path / "config.yaml").write_text(changed)
+        save_file({**tensors, **more}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError) as caught:
+            GPT.from_pretrained(str(tmp_path))
+        assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux only")
+def test_weights_stay_in_their_file_until_they_are_used_and_the_file_never_changes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tokenizer = FlexTok.from_pretrained(a_checkpoint(tmp_path))
+    before = path.read_bytes()
+    ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in open("/proc/self/maps") if line.rstrip().endswith(str(path))]
+    mapped = [any(low <= x.data_ptr() < high for low, high in ranges) for x in tokenizer.state_dict().values()]
+    assert all(mapped)
+    with torch.no_grad():
+        for p in tokenizer.parameters():
+            p.add_(1)
+    assert path.read_bytes() == before
+
+
+def test_the_command_line_says_what_a_checkpoint_is(capsys, tmp_path):
+    for name, words in (
+            (f"{HERE}/golden/flextok_tiny", ("tokenizer (FlexTok) in the official form", "744,473 numbers stored as float32", "enc_width 96",
+                                             "levels (8, 8, 8, 5, 5, 5)", "encoder 229,542", "unusual: enc of depth 2 has width 96 and head size 32")),
+            (f"{HERE}/golden/vae_c8", ("a VAE", "latent_channels 8", "unusual: block_out_channels")),
+            (f"{HERE}/golden/flexar_c2i_alt", ("prior (GPT) in the official form", "classes 7", "unusual: norm layer, not rms")),
+            (sample.SHIPPED, ("in our form", "unusual: tensors of several types"))):
+        pretrained.main(["inspect", name])
+        text = capsys.readouterr().out
+        assert all(word in text for word in words), text
+    pretrained.main(["convert", f"{HERE}/golden/flexar_c2i_alt", str(tmp_path / "ours")])
+    pretrained.main(["convert", str(tmp_path / "ours"), str(tmp_path / "official")])
+    assert (tmp_path / "official/config.yaml").read_text() == open(f"{HERE}/golden/flexar_c2i_alt/config.yaml").read()
+    for words in ([], ["inspect"], ["convert", "a"], ["convert", sample.SHIPPED, str(tmp_path)], ["inspect", "gone"],
+                  ["convert", f"{HERE}/golden/vae_c4", str(tmp_path / "vae")]):
+        with pytest.raises(UserError):
+            pretrained.main(words)
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on loopback, `hub.files` is {repository/file: bytes}: the VAE a/b. `hub.faults`: what goes wrong with the next GETs; `hub.seen`: the requests."""
+    class Hub(http.server.BaseHTTPRequestHandler):
+        files, faults, seen, head_fault, plain = {}, [], [], 0, False
+
+        def log_message(self, *_):
+            pass
+
+        def answer(self, status, body=b"", length=None, **headers):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_HEAD(self):
+            name = re.sub("/resolve/[^/]*", "", self.path[1:])
+            Hub.seen.append(("HEAD", self.path, self.headers.get("Authorization")))
+            if Hub.head_fault or name not in Hub.files:
+                return self.answer(Hub.head_fault or 404)
+            body = Hub.files[name]
+            if Hub.plain:
+                return self.answer(200, length=len(body), ETag='"../../strange"')
+            large = {"X_Linked_Etag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Linked_Size": str(len(body)), "Location": "http://elsewhere.invalid/"}
+            small = {"ETag": f'W/"{hashlib.sha1(b"blob %d" % len(body) + bytes(1) + body).hexdigest()}"'}
+            if name.endswith(".safetensors"):
+                self.answer(302, length=0, X_Repo_Commit=COMMIT, **large)
+            else:
+                self.answer(200, length=len(body), X_Repo_Commit=COMMIT, **small)
+
+        def do_GET(self):
+            body, span = Hub.files[re.sub("/resolve/[^/]*", "", self.path[1:])], self.headers.get("Range")
+            Hub.seen.append(("GET", self.path, span))
+            fault = Hub.faults.pop(0) if Hub.faults else None
+            if isinstance(fault, int):
+                return self.answer(fault)
+            start = int(span[6:-1]) if span and fault != "no ranges" else 0
+            rest, more = body[start:], {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+            if fault == "corrupt":
+                rest = bytes([rest[0] ^ 1]) + rest[1:]
+            if fault == "drop":
+                self.answer(206 if start else 200, rest[:len(rest) // 2], len(rest), **more)
+                self.close_connection = True
+            elif fault == "short":
+                self.answer(206 if start else 200, rest[:len(rest) // 2], **more)
+            elif fault == "long":
+                self.answer(206 if start else 200, rest + b"more", **more)
+            else:
+                self.answer(206 if start else 200, rest, **more)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(common, "RETRY_SECONDS", 0.0)
+    source = f"{HERE}/golden/vae_c4"
+    Hub.files = {f"a/b/{name}": open(f"{source}/{name}", "rb").read() for name in ("config.json", WEIGHTS)}
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def blobs(tmp_path):
+    return sorted(path.name for path in tmp_path.glob("cache/models--a--b/blobs/*"))
+
+
+def test_a_hub_name_is_downloaded_once_into_the_layout_of_hugging_face(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    vae = VAE.from_pretrained("a/b")
+    assert same_tensors(vae.state_dict(), VAE.from_pretrained(f"{HERE}/golden/vae_c4").state_dict())
+    root = tmp_path / "cache/models--a--b"
+    assert (root / "refs/main").read_text() == COMMIT
+    for name, body in hub.files.items():
+        link = root / "snapshots" / COMMIT / name.removeprefix("a/b/")
+        assert link.is_symlink() and not os.path.isabs(os.readlink(link)) and link.read_bytes() == body
+    assert hashlib.sha256(hub.files[f"a/b/{WEIGHTS}"]).hexdigest() in blobs(tmp_path) and len(blobs(tmp_path)) == 2
+    assert {token for kind, _, token in hub.seen if kind == "HEAD"} == {"Bearer secret"}
+    assert {path for kind, path, _ in hub.seen if WEIGHTS in path} == {f"/a/b/resolve/{COMMIT}/{WEIGHTS}"}  # not "main": it may move
+    count = len(hub.seen)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    VAE.from_pretrained("a/b")
+    assert len(hub.seen) == count
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        VAE.from_pretrained("a/b")
+
+
+def test_tokenizers_and_priors_come_from_the_hub_too_and_a_tokenizer_s_vae_may_be_another_repository(hub, tmp_path):
+    config = a_config()
+    config["vae"]["hf_hub_path"] = "a/vae"
+    tiny, prior = f"{HERE}/golden/flextok_tiny", f"{HERE}/golden/flexar_c2i_alt"
+    hub.files |= {"a/tok/config.json": json.dumps(config).encode(), "a/vae/config.json": open(f"{tiny}/vae/config.json", "rb").read(),
+                  "a/tok/model.safetensors": open(f"{tiny}/model.safetensors", "rb").read(),
+                  "a/ar/config.yaml": open(f"{prior}/config.yaml", "rb").read(),
+                  "a/ar/model.safetensors": open(f"{prior}/model.safetensors", "rb").read()}
+    assert same_tensors(FlexTok.from_pretrained("a/tok").state_dict(), FlexTok.from_pretrained(tiny).state_dict())
+    assert GPT.from_pretrained("a/ar").config == GPT.from_pretrained(prior).config
+    pretrained.main(["convert", "a/ar", str(tmp_path / "ar")])
+    pretrained.main(["convert", "a/tok", str(tmp_path / "tok")])
+    shutil.copytree(tmp_path / "tok", tmp_path / "upload")
+    hub.files |= {f"a/ours/{name}": (tmp_path / "upload" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    assert FlexTok.from_pretrained("a/ours").official["vae"]["hf_hub_path"] == "a/vae"  # a repository in our own form
+    hub.files |= {f"a/prior/{name}": (tmp_path / "ar" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    assert GPT.from_pretrained("a/prior").config == GPT.from_pretrained(prior).config
+
+
+def test_a_plain_file_server_without_commits_will_do(hub, tmp_path):
+    hub.plain = True
+    hub.faults[:] = [None, "drop"]
+    for _ in range(2):
+        assert VAE.from_pretrained("a/b").config.latent_channels == 4
+    assert sum(kind == "HEAD" for kind, _, _ in hub.seen) == 2 and all("/resolve/main/" in path for _, path, _ in hub.seen)
+    assert all(name.startswith("other-") for name in blobs(tmp_path)) and len(blobs(tmp_path)) == 2
+
+
+def test_a_checkpoint_of_ours_can_be_named_by_its_weights_file_and_no_other_file_is_taken_for_it(tmp_path):
+    a_tokenizer().save_pretrained(str(tmp_path / "a"))
+    small_gpt().save_pretrained(str(tmp_path / "b"))
+    for load, name in ((FlexTok, "a"), (GPT, "b")):
+        path = tmp_path / name / "model.safetensors"
+        assert same_tensors(load.from_pretrained(path).state_dict(), load.from_pretrained(path.parent).state_dict())
+        path.rename(path.with_name("step100.safetensors"))
+        with pytest.raises(UserError, match="step100.safetensors: in our own form"):
+            load.from_pretrained(path.with_name("step100.safetensors"))
+    looping = tmp_path / "c/model.safetensors"  # an official file that says it is ours
+    looping.parent.mkdir()
+    save_file(load_file(f"{HERE}/golden/flextok_tiny/model.safetensors"), looping, {"encoder": "{}", "format": "minFlexTok"})
+    assert "vae is None" in refusal(looping) and "vae is None" in refusal(looping.parent)
+
+
+@pytest.mark.parametrize("faults, gets", [(["drop"], 2), (["drop", "drop", 503, "drop"], 5), (["short"], 2), (["drop", "no ranges"], 2)])
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, faults, gets):
+    common.hub_file("a/b", "config.json")
+    hub.seen.clear()
+    hub.faults[:] = faults
+    path = common.hub_file("a/b", WEIGHTS)
+    assert open(path, "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
+    spans = [span for kind, _, span in hub.seen if kind == "GET"]
+    assert len(spans) == gets and spans[0] is None and all(span.startswith("bytes=") for span in spans[1:])
+    assert not any(name.endswith(".incomplete") for name in blobs(tmp_path))
+
+
+@pytest.mark.parametrize("faults, words", [
+    (["corrupt"], "its digest or length is wrong"), (["long"], "its digest or length is wrong"),
+    ([503] * 20, "broke at 0 of .* answered 503"), ([404] * 20, "answered 404"), (["drop"] + [500] * 20, "broke at 7.* run again")])
+def test_a_download_that_fails_says_so_and_leaves_nothing_under_the_final_name(hub, tmp_path, faults, words):
+    hub.faults[:] = [None, *faults]  # config.json arrives
+    with pytest.raises(UserError, match=words) as caught:
+        VAE.from_pretrained("a/b")
+    assert "a/b" in str(caught.value) and not list(tmp_path.glob(f"cache/models--a--b/snapshots/*/{WEIGHTS}"))
+    assert hashlib.sha256(hub.files[f"a/b/{WEIGHTS}"]).hexdigest() not in blobs(tmp_path)
+    hub.faults.clear()
+    assert VAE.from_pretrained("a/b").config.latent_channels == 4  # and the next try mends it
+
+
+def test_a_repository_that_is_gated_absent_or_out_of_reach_is_explained(hub, tmp_path, monkeypatch):
+    for status, words in ((401, "gated.*HF_TOKEN"), (403, "accept its licence"), (404, "answered 404 for config.json"), (500, "500")):
+        hub.head_fault = status
+        with pytest.raises(UserError, match=words):
+            FlexTok.from_pretrained("a/b")
+    hub.head_fault = 0
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be reached"):
+        FlexTok.from_pretrained("a/b")
+    assert not blobs(tmp_path)
+    for name in ("../b", "a/b/c", "a/..", "a//b", "-a/b", "a b/c"):
+        with pytest.raises(UserError, match="there is no directory|cannot be reached"):
+            FlexTok.from_pretrained(name)
+
+
+def test_two_processes_that_ask_at_once_download_once(hub, tmp_path):
+    hub.faults[:] = [None, "drop"]
+    common.hub_file("a/b", "config.json")
+    running = [multiprocessing.get_context("fork").Process(target=common.hub_file, args=("a/b", WEIGHTS)) for _ in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0]
+    assert open(common.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
+    assert sum(kind == "GET" and WEIGHTS in path for kind, path, _ in hub.seen) == 2  # one attempt that dropped, one that went on
+
+
+LARGE = """
+import resource, sys, time
+sys.path.insert(0, {here!r})
+import torch
+from common import load_weights
+from model import FlexTok, TokenizerConfig, unloaded
+from pretrained import export_official
+from vae import VAEConfig
+path = {path!r}
+start = time.time()
+if {make}:
+    tokenizer = unloaded(TokenizerConfig(enc_width=1152, enc_depth=18, dec_width=1792, dec_depth=28), VAEConfig()).to(torch.bfloat16)
+    tokenizer = tokenizer.to_empty(device="cpu")
+    for x in tokenizer.state_dict().values():
+        x.uniform_(-0.02, 0.02) if x.is_floating_point() else None
+    print("created", time.time() - start, flush=True)
+    export_official(tokenizer, path)
+else:
+    tokenizer = FlexTok.from_pretrained(path, dtype=torch.bfloat16)
+    assert sum(x.numel() for name, x in tokenizer.state_dict().items() if not name.startswith("vae.")) == 2_457_061_830
+print("seconds", time.time() - start, "peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.skipif("MINFLEXTOK_LARGE" not in os.environ, reason="writes a 5 GB file; set MINFLEXTOK_LARGE=1 to run it")
+def test_a_model_of_2_5_billion_parameters_is_written_and_read_in_the_memory_of_its_file(tmp_path):
+    for make in (True, False):
+        done = subprocess.run([sys.executable, "-c", LARGE.format(here=HERE, path=str(tmp_path), make=make)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        size = (tmp_path / "model.safetensors").stat().st_size
+        peak = int(done.stdout.split("peak ")[1])
+        print(f"\n{'create and save' if make else 'load'}: {done.stdout.strip()}; file {size:,}; peak / file {peak / size:.3f}")
+        assert peak < 1.15 * size
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, from_cli, init_distributed,
+from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, find, from_cli, init_distributed,
                     learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr, read_json, save_grid,
                     save_resume, save_tensors, seed_step, to_float, write_json)
 from data import batches, open_data, spread
@@ -269,12 +269,16 @@ class VAE(nn.Module):
         save_tensors(os.path.join(directory, "diffusion_pytorch_model.safetensors"), self.state_dict(), dtype)
 
     @classmethod
-    def from_pretrained(cls, directory):
-        """Read such a directory, ours or diffusers'; float32, on the CPU, eval mode. Raises `UserError` if unfit."""
-        config_path = os.path.join(directory, "config.json")
-        weights_path = os.path.join(directory, "diffusion_pytorch_model.safetensors")
-        vae = cls(config_from_diffusers(read_json(config_path), config_path))
-        load_weights(vae, modern_names(load_tensors(weights_path)), weights_path)  # copies into float32, whatever is stored
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
+        """Read such a directory, ours or diffusers', its weights file, or a name on the Hugging Face hub; in eval mode.
+
+        dtype: of the weights; None is as stored. Raises `UserError` if unfit.
+        """
+        config_path, weights_path = find(name, "config.json", "diffusion_pytorch_model.safetensors")
+        config = config_from_diffusers(read_json(config_path), config_path)
+        with torch.device("meta"):  # shapes without memory, until the weights come
+            vae = cls(config)
+        load_weights(vae, modern_names(load_tensors(weights_path)), weights_path, device, dtype)
         return vae.eval()
 
 
@@ -295,9 +299,10 @@ def config_from_diffusers(raw, where):
     values |= {name: raw[name] for name in values if name in raw}
     widths = values["block_out_channels"]
     counts = [values[name] for name in ("latent_channels", "layers_per_block", "norm_num_groups")]
-    if not (isinstance(widths, (list, tuple)) and widths and all(type(n) is int and n > 0 for n in [*widths, *counts])):
+    if not (isinstance(widths, (list, tuple)) and 0 < len(widths) <= 16
+            and all(type(n) is int and 0 < n < 2**16 for n in [*widths, *counts]) and values["layers_per_block"] <= 64):
         raise UserError(f"{where}: block_out_channels {widths} and latent_channels, layers_per_block, norm_num_groups {counts} "
-                        f"must be positive whole numbers, the first a list of them")
+                        f"must be positive whole numbers, the first a list of them, and of sizes that a VAE can have")
     fixed = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,),
              "shift_factor": (None, 0.0), "latents_mean": (None,), "latents_std": (None,),
              "down_block_types": (["DownEncoderBlock2D"] * len(widths),), "up_block_types": (["UpDecoderBlock2D"] * len(widths),)}
