@@ -1765,18 +1765,20 @@ def test_ten_steps_of_the_prior_are_five_and_resume_and_five(tmp_path, tiny_toke
     assert saved.config.classes == 8 and saved.config.length == 4 and saved.config.vocab_size == 12 and saved.text_encoder is not None
 
 
-def test_two_processes_train_the_prior_as_one(tmp_path, tiny_tokenizer, tiny_tokens):
+def test_two_processes_tokenise_and_train_the_prior_as_one(tmp_path, tiny_tokenizer):
     env, moments = {**os.environ, "OMP_NUM_THREADS": "1"}, []
     code = (f"import sys; sys.path.insert(0, {HERE!r}); import train_ar; from data import Shapes\n"
             "train_ar.open_data = lambda data, size, split, augment, seed: Shapes(size, split, seed, length=300)\n"
             "from common import from_cli; train_ar.main(from_cli(train_ar.ARConfig))\n")
     (tmp_path / "run.py").write_text(code)
-    settings = {**TINY_PRIOR, "tokenizer": tiny_tokenizer, "tokens": tiny_tokens, "steps": 2, "stop_at": 1}
+    settings = {**TINY_PRIOR, "tokenizer": tiny_tokenizer, "steps": 2, "stop_at": 1}
     arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
     for name, launcher in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
         done = subprocess.run([*launcher, str(tmp_path / "run.py"), *arguments, f"--out={tmp_path / name}"], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         moments.append(torch.load(tmp_path / name / "resume.pt", weights_only=True)["optimizer"]["state"])
+    tokens = [np.load(tmp_path / name / "tokens.npy") for name in ("one", "two")]
+    assert np.array_equal(*tokens) and len(np.unique(tokens[0])) > 3
     assert len(moments[0]) > 20
     for i, state in moments[0].items():
         assert (state["exp_avg"] - moments[1][i]["exp_avg"]).norm() <= 1e-5 * state["exp_avg"].norm() + 1e-9, i

@@ -89,9 +89,9 @@ PRESETS = {
     "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=2, width=128, depth=4, head_dim=32, caption_width=64,
                 token_rank=16, steps=1200, batch_size=64, lr=2e-3, warmup=60, ema_decay=0.99, log_every=50, eval_every=600),
     # Two CPU cores, on the shipped tokenizer. Small enough to be shipped itself
-    "emoji64-cpu": dict(data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=20, width=192, depth=4, head_dim=48,
-                        caption_width=96, token_rank=12, steps=1500, batch_size=64, lr=2e-3, warmup=80, ema_decay=0.99,
-                        log_every=50, eval_every=500),
+    "emoji64-cpu": dict(data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=8, width=192, depth=4, head_dim=48,
+                        caption_width=96, token_rank=12, steps=1200, batch_size=32, lr=1.5e-3, warmup=80, ema_decay=0.99,
+                        log_every=50, eval_every=400),
     # One GPU: meant for minutes on one; not run here, so neither time nor quality is known
     "emoji64": dict(data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior-gpu", views=64, width=384, depth=6,
                     token_rank=16, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
