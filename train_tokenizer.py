@@ -329,7 +329,7 @@ def main(config):
             model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
             x_t = flow.interpolate(latents[part], noise[part], t[part])           # (micro, C, h, w)
             with autocast(run.device, config.precision), attention_kernel(run.device):
-                v, _ = model(latents[part], x_t, t[part], k_keep[part], null[part])
+                v = model(latents[part], x_t, t[part], k_keep[part], null[part])
             # FORK: another objective
             loss = flow.loss_per_sample(v, flow.velocity_target(latents[part], noise[part]))  # (micro,)
             (loss.mean() * micro / b).backward()
