@@ -6,21 +6,24 @@ The prior: a GPT that writes the tokens of an image, coarse to fine, so that whe
                                                                         output i says what token i is likely to be
 
 Paper: FlexTok, arXiv 2502.13967, section 3.3; the model is LlamaGen's (arXiv 2406.06525) with learned positions. Numerically
-equal to the released FlexAR (test_all.py, section ar), and not slower than its arithmetic: keys and values are kept (KV
-cache), those of the text are computed once, and the loss never holds the logits of a whole batch.
+equal to the official FlexAR code (test_all.py, section ar), but it keeps keys and values (KV cache), computes those of the
+text once, and its loss never holds the logits of a whole batch.
 Letters: B batch, T tokens, D width, nh hd heads and head size, V vocabulary, M text length, E width of the text states.
 
     python ar.py            # prints who sees whom, and the sizes of the paper's priors          Next: train_ar.py
 """
+import copy
+import functools
+import math
 import os
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, load_tensors, load_weights, read_json, save_tensors, write_json
+from fsq import FSQ
 from text import CaptionEncoder
 
 
@@ -35,6 +38,8 @@ class GPTConfig:
     hidden: int = 0                   # of SwiGLU; 0: 8/3 of the width, rounded up to a multiple of 256
     classes: int = 0                  # how many classes it can be asked for; 0: none
     text_width: int = 0               # E, width of the text states it looks at; 0: no text
+    token_rank: int = 0               # 0: each token has a vector of its own, as official; else see TokenTable
+    levels: tuple = ()                # FSQ's, needed by token_rank
     cfg_scale: float = 1.0            # the guidance that its maker recommends; 1.0: none
     # what released checkpoints may do differently; the defaults are the paper's
     norm: str = "rms"                 # rms, layer, or layer_nobias
@@ -88,10 +93,10 @@ class SelfAttention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)           # (B, nh, n, hd)
         else:
             keys, values = past
-            keys.index_copy_(2, positions, k)  # in place, at one address: a CUDA graph can replay it
-            values.index_copy_(2, positions, v)
+            keys.index_copy_(2, positions, k.to(keys.dtype))  # in place, at one address: a CUDA graph can replay it
+            values.index_copy_(2, positions, v.to(keys.dtype))
             seen = torch.arange(keys.shape[2], device=x.device) <= positions[:, None]               # (n, T)
-            x = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=self.scale)   # (B, nh, n, hd)
+            x = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen, scale=self.scale)  # (B, nh, n, hd)
         return self.proj(x.transpose(1, 2).flatten(2))                            # (B, n, D)
 
 
@@ -134,7 +139,7 @@ class MLP(nn.Module):
         D, hidden, bias = config.width, hidden_size(config), "mlp" in config.biases
         if config.activation not in ("swiglu", "geglu", "gelu", "gelu_tanh"):
             raise ValueError(f"activation {config.activation!r}: expected swiglu, geglu, gelu or gelu_tanh")
-        self.activation = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}[
+        self.activation = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}[
             config.activation]
         self.fc1 = nn.Linear(D, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, D, bias=bias)
@@ -181,12 +186,41 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.norm_3(x))
 
 
+class TokenTable(nn.Module):
+    """A (V, D) table of token vectors, made of few numbers: [the token's FSQ digits, one-hot | rank numbers of its own] · mix.
+
+    For small priors. 64,000 tokens are too many to meet each of them in a run of minutes, and two full tables would be most
+    of the model. But tokens are numbers of 6 digits, and neighbours mean about the same: what is learned about a digit is
+    learned for the thousands of tokens that have it. Not official; `GPT.expanded` writes the product out as the official table.
+    """
+
+    def __init__(self, levels, rank, width):
+        super().__init__()
+        with torch.device("cpu"):  # not in the file, so it must have its values even where weights are still to come ("meta")
+            fsq = FSQ(levels)
+            digits = torch.arange(fsq.vocab_size)[:, None] // fsq.basis % fsq.level_counts       # (V, L)
+            one_hot = torch.cat([F.one_hot(column, n) for column, n in zip(digits.T, fsq.levels)], 1)  # (V, S), S: sum of levels
+        self.register_buffer("digits", one_hot.float(), persistent=False)
+        self.own = nn.Parameter(torch.zeros(fsq.vocab_size, rank))
+        self.mix = nn.Parameter(torch.empty(sum(fsq.levels) + rank, width))
+
+    def features(self):
+        """(V, S + rank); times `mix` it is the whole table."""
+        return torch.cat([self.digits.to(self.own.dtype), self.own], 1)
+
+    def forward(self, tokens):
+        """tokens (B, n) -> vectors (B, n, D)."""
+        rows = torch.cat([F.embedding(tokens, self.digits).to(self.own.dtype), F.embedding(tokens, self.own)], -1)  # (B, n, S + rank)
+        return rows @ self.mix
+
+
 class Preprocessor(nn.Module):
     """Tokens and class -> what the blocks read: a learned start vector, then the tokens, each with its position."""
 
     def __init__(self, config):
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = (TokenTable(config.levels, config.token_rank, config.width) if config.token_rank else
+                          nn.Embedding(config.vocab_size, config.width))
         self.sos_token_embed = nn.Parameter(torch.empty(1, 1, config.width))
         self.positional_embedding = nn.Parameter(torch.empty(config.length, config.width)) if config.positions else None
         self.cls_embedding = nn.Embedding(config.classes, config.width) if config.classes else None
@@ -226,10 +260,18 @@ class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=1e-5) if config.head_norm else nn.Identity()
-        self.linear = nn.Linear(config.width, config.vocab_size, bias="head" in config.biases)
+        self.linear = (TokenTable(config.levels, config.token_rank, config.width) if config.token_rank else
+                       nn.Linear(config.width, config.vocab_size, bias="head" in config.biases))
+
+    def factors(self, x):
+        """x (..., D) -> x' (..., E), weight (V, E) and bias (V,) or None, whose F.linear are the logits; E is D for a plain table."""
+        x = self.norm(x)
+        if isinstance(self.linear, TokenTable):
+            return x @ self.linear.mix.T, self.linear.features(), None            # E = S + rank: fewer multiplications too
+        return x, self.linear.weight, self.linear.bias
 
     def forward(self, x):
-        return self.linear(self.norm(x))
+        return F.linear(*self.factors(x))
 
 
 class TextMLP(nn.Module):
@@ -260,7 +302,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else weight.dtype
-        W, n, bias = weight.to(dtype), len(targets), None if bias is None else bias.to(dtype)     # (V, D)
+        W, n, bias = weight.to(dtype), len(targets), None if bias is None else bias.to(dtype)    # (V, D)
         losses = torch.empty(n, device=hidden.device)
         d_hidden = torch.empty_like(hidden)                                       # (n, D)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)                  # (V, D)
@@ -292,11 +334,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden * scale, (d_weight * scale).to(ctx.dtype), None if d_bias is None else d_bias * scale, None, None
 
 
-def cross_entropy(hidden, weight, bias, targets, chunk=256):
+def cross_entropy(hidden, weight, bias, targets, chunk=0):
     """hidden (n, D), weight (V, D), bias (V,) or None, targets (n,) -> mean loss in nats, and each one's (n,), without gradient.
 
-    Equal to F.cross_entropy(F.linear(hidden, weight, bias), targets), value and gradients; memory for chunk·V logits.
+    Equal to F.cross_entropy(F.linear(hidden, weight, bias), targets), value and gradients, up to rounding. Memory: chunk·V
+    logits and, with gradient, V·D float32. chunk 0: 256 on a CPU, 2048 elsewhere.
     """
+    chunk = chunk or (256 if hidden.device.type == "cpu" else 2048)
+    if not torch.is_grad_enabled():
+        losses = torch.cat([F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none")
+                            for h, t in zip(hidden.split(chunk), targets.split(chunk))])          # (n,)
+        return losses.mean(), losses
     return ChunkedCrossEntropy.apply(hidden, weight, bias, targets, chunk)
 
 
@@ -324,8 +372,17 @@ def choose(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     p = probabilities(logits, temperature, top_k, top_p)                          # (B, V)
-    draw_on = p.device if generator is None else generator.device
-    return torch.multinomial(p.to(draw_on), 1, generator=generator).to(p.device)
+    # Where the cumulative sum passes a uniform number. Only B numbers come from the generator's device, and what has
+    # probability 0 adds nothing to the sum: it is never passed there.
+    sums = p.cumsum(-1)                                                           # (B, V)
+    u = torch.rand(len(p), 1, generator=generator, device=p.device if generator is None else generator.device).to(p.device)
+    return torch.searchsorted(sums, u * sums[:, -1:], right=True).clamp(max=p.shape[-1] - 1)     # (B, 1)
+
+
+@functools.cache
+def compiled_step():
+    """`GPT.step`, compiled once for all models; on CUDA it is replayed as a CUDA graph, which spares a launch per kernel."""
+    return torch.compile(GPT.step, mode="reduce-overhead", dynamic=False)
 
 
 @dataclass
@@ -351,6 +408,8 @@ class GPT(nn.Module):
     def __init__(self, config, text_encoder=None):
         """text_encoder: a `CaptionEncoder` whose states the blocks look at; None if states are given from outside."""
         super().__init__()
+        if config.token_rank and math.prod(config.levels) != config.vocab_size:
+            raise ValueError(f"levels {list(config.levels)} do not give a vocabulary of {config.vocab_size}")
         if config.width % config.head_dim:
             raise ValueError(f"width {config.width} is not a multiple of head_dim {config.head_dim}")
         if text_encoder is not None and text_encoder.width != config.text_width:
@@ -360,10 +419,10 @@ class GPT(nn.Module):
         self.trunk = Trunk(config)
         self.head = Head(config)
         self.text_mlp = TextMLP(config) if config.text_width else None
-        self.text_encoder = text_encoder
-        self.official = ""  # the configuration of the released checkpoint that this came from, for `export_official`
-        self.compiled_step, self.graph_cache = None, None
         self.init_weights()
+        self.text_encoder = text_encoder  # after init_weights: it has its own
+        self.official = ""  # the configuration of the released checkpoint that this came from, for `export_official`
+        self.graph_caches = {}  # of compiled generation, see new_cache
 
     def init_weights(self):
         """Matrices with std 1/√fan_in, those that end a branch smaller by √(number of branches); a head of zeros."""
@@ -377,32 +436,50 @@ class GPT(nn.Module):
         for name, layer in self.trunk.named_modules():
             if name.endswith(("proj", "fc2")):
                 layer.weight.data *= (self.config.depth * (3 if self.config.text_width else 2)) ** -0.5
-        for parameter in (self.preprocessor.sos_token_embed, self.preprocessor.positional_embedding):
+        # beside factorised token vectors of std 0.3 and more, positions of std 0.02 would not be seen
+        start, table, head = self.preprocessor, self.preprocessor.embedding, self.head.linear
+        for parameter in (start.sos_token_embed, start.positional_embedding, start.cls_embedding and start.cls_embedding.weight):
             if parameter is not None:
-                nn.init.normal_(parameter, std=0.02)
-        nn.init.zeros_(self.head.linear.weight)  # all tokens equally likely: the first loss is ln V
+                nn.init.normal_(parameter, std=0.3 if self.config.token_rank else 0.02)
+        # a head that gives 0: all tokens equally likely, the first loss is ln V
+        if self.config.token_rank:
+            nn.init.normal_(table.mix, std=0.3)
+            nn.init.normal_(head.mix, std=self.config.width**-0.5)
+            nn.init.zeros_(head.mix.data[:-self.config.token_rank])
+        else:
+            nn.init.zeros_(head.weight)
+
+    @property
+    def device(self):
+        return self.preprocessor.sos_token_embed.device
+
+    @property
+    def dtype(self):
+        """Of the weights."""
+        return self.preprocessor.sos_token_embed.dtype
 
     def hidden(self, tokens, labels=None, text=None, text_mask=None):
-        """Like `forward`, but the input of the head's matrix, (B, T, D)."""
+        """Like `forward`, but the input of the head, (B, T, D)."""
         self.check(tokens, labels, text)
         memory = self.memory(text, text_mask, len(tokens))
         x = self.preprocessor(tokens[:, :-1], labels)                             # (B, T, D)
         for block, text_of_block in zip(self.trunk.blocks, memory):
             x = block(x, text_of_block)
-        return self.head.norm(self.trunk.post_trunk_norm(x))
+        return self.trunk.post_trunk_norm(x)
 
     def forward(self, tokens, labels=None, text=None, text_mask=None):
         """tokens (B, T) -> logits (B, T, V); output i predicts token i from those before it.
 
         labels (B,) int64, -1 or None: no class. text (B, M, E): states of a text encoder, before the projection; text_mask
-        (B, M), True where real (None: everywhere); text None: the empty caption. Raises ValueError for what does not fit.
+        (B, M), True where real (None: everywhere); text None: the empty caption. Raises ValueError for a condition or a number
+        of tokens that this model was not made for; tokens and labels out of range are torch's to find.
         """
-        return self.head.linear(self.hidden(tokens, labels, text, text_mask))
+        return self.head(self.hidden(tokens, labels, text, text_mask))
 
     def loss(self, tokens, labels=None, text=None, text_mask=None):
         """Mean cross-entropy in nats per token, and that of each token (B, T), without gradient."""
-        x = self.hidden(tokens, labels, text, text_mask)                          # (B, T, D)
-        mean, each = cross_entropy(x.flatten(0, 1), self.head.linear.weight, self.head.linear.bias, tokens.flatten())
+        x, weight, bias = self.head.factors(self.hidden(tokens, labels, text, text_mask))        # (B, T, E), (V, E)
+        mean, each = cross_entropy(x.flatten(0, 1), weight, bias, tokens.flatten())
         return mean, each.view(tokens.shape)                                      # (B, T)
 
     def check(self, tokens, labels, text):
@@ -425,7 +502,7 @@ class GPT(nn.Module):
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         mask = text_mask.bool()[:, None, None, :]                                 # (B, 1, 1, M)
-        projected = self.text_mlp(text)                                           # (B, M, D)
+        projected = self.text_mlp(text.to(self.dtype))                            # (B, M, D)
         return [(*block.cross_attn.keys_values(projected), mask) for block in self.trunk.blocks]
 
     def encode_text(self, captions):
@@ -448,14 +525,23 @@ class GPT(nn.Module):
         stream: instead return an iterator of (B, p + 1), (B, p + 2), ..., (B, k): each is already an image.
         """
         k = self.config.length if k is None else k
+        labels, prefix = (None if x is None else x.to(self.device) for x in (labels, prefix))
+        text, text_mask = (None if x is None else x.to(self.device) for x in (text, text_mask))
         if prefix is None:
             B = next((len(x) for x in (labels, text) if x is not None), n)
-            prefix = torch.empty(B, 0, dtype=torch.long, device=self.head.linear.weight.device)
-        if not prefix.shape[1] < k <= self.config.length:
-            raise ValueError(f"k={k}: expected {prefix.shape[1] + 1} to {self.config.length} tokens")
-        if temperature < 0:
+            prefix = torch.empty(B, 0, dtype=torch.long, device=self.device)
+        p = prefix.shape[1]
+        if not p < k <= self.config.length:
+            raise ValueError(f"k={k}: expected {p + 1} to {self.config.length} tokens")
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature}: expected 0 or more")
-        self.check(prefix[:, :1] if prefix.shape[1] else prefix.new_zeros(1, 1), labels, text)
+        self.check(prefix if p else prefix.new_zeros(1, 1), labels, text)
+        if any(x is not None and len(x) != len(prefix) for x in (labels, text)):
+            raise ValueError("labels, text and prefix are of different numbers of images")
+        if labels is not None and not -1 <= labels.min() <= labels.max() < self.config.classes:
+            raise ValueError(f"labels {labels.tolist()}: expected 0 to {self.config.classes - 1}, or -1")
+        if p and not 0 <= prefix.min() <= prefix.max() < self.config.vocab_size:
+            raise ValueError(f"prefix holds {prefix.min()} to {prefix.max()}: expected tokens 0 to {self.config.vocab_size - 1}")
         writing = self.write(prefix, labels, text, text_mask, k, cfg_scale, null_text, compile,
                              lambda logits: choose(logits, temperature, top_k, top_p, generator))
         if stream:
@@ -474,12 +560,11 @@ class GPT(nn.Module):
             if text is not None:
                 text, text_mask = self.beside_null(text, text_mask, null_text)    # (2B, M, E), (2B, M)
         rows = B * (2 if guided else 1)
-        cache = self.new_cache(rows, text, text_mask, compile)
-        step = self.step
-        if compile:
-            # FORK: fullgraph and max-autotune-no-cudagraphs are worth a try elsewhere
-            self.compiled_step = self.compiled_step or torch.compile(self.step, mode="reduce-overhead", dynamic=False)
-            step = self.compiled_step
+        if compile and text is not None:  # captions of all lengths share a few shapes, and so a few compiled graphs
+            pad = -text.shape[1] % 64
+            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_mask is None else text_mask
+            text, text_mask = F.pad(text, (0, 0, 0, pad)), F.pad(text_mask.bool(), (0, pad))         # (rows, M + pad, E)
+        cache, step = self.new_cache(rows, text, text_mask, compile), compiled_step() if compile else GPT.step
         # the start and the prefix at once, then token by token
         x = self.preprocessor(tokens.repeat(rows // B, 1), labels)                # (rows, p + 1, D)
         positions = torch.arange(x.shape[1], device=x.device)                     # (p + 1,)
@@ -494,34 +579,50 @@ class GPT(nn.Module):
             if tokens.shape[1] == k:
                 return
             positions = torch.full((1,), tokens.shape[1], device=x.device)        # (1,)
-            logits = step(new.repeat(rows // B, 1), positions, cache).clone()     # (rows, V); a graph reuses its output
+            logits = step(self, new.repeat(rows // B, 1), positions, cache).clone()  # (rows, V); a graph reuses its output
 
     def read(self, x, positions, cache):
         """Embedded x (B, n, D) at `positions` (n,) -> logits (B, V) of what comes after it; writes to the cache."""
         for block, past, text in zip(self.trunk.blocks, cache.past, cache.text):
             x = block(x, text, past, positions)                                   # (B, n, D)
-        return self.head(self.trunk.post_trunk_norm(x[:, -1]))                    # (B, V)
+        return self.head(self.trunk.post_trunk_norm(x[:, -1])).float()            # (B, V)
 
     def step(self, tokens, position, cache):
         """One token: (B, 1), read at `position` (1,) -> logits (B, V) of the next."""
         return self.read(self.preprocessor.next(tokens, position), position, cache)
 
     def new_cache(self, B, text, text_mask, compile):
-        """An empty `Cache` for B sequences. With compile the last one is used again if it has the same shapes: CUDA graphs
-        replay at fixed addresses, so two compiled `generate` streams must not run at the same time."""
-        weight, nh = self.trunk.blocks[0].mlp.fc1.weight, self.config.width // self.config.head_dim
-        shape = (B, nh, self.config.length, self.config.head_dim)
+        """An empty `Cache` for B sequences. With compile, one of each shape is kept for ever: CUDA graphs read and write at fixed
+        addresses. So two compiled streams of one shape must not run at the same time."""
+        shape = (B, self.config.width // self.config.head_dim, self.config.length, self.config.head_dim)
         text = self.memory(text, text_mask, B)
-        cache = self.graph_cache if compile else None
-        if cache is None or cache.past[0][0].shape != shape or cache.past[0][0].device != weight.device:
-            past = [tuple(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)) for _ in text]
-            cache = Cache(past, text)
-            if compile:
-                for pair in past:
-                    for tensor in pair:
-                        torch._dynamo.mark_static_address(tensor)  # a CUDA graph may write to it in place
-                self.graph_cache = cache
-        return Cache(cache.past, text)
+        if not compile:
+            return Cache([self.empty(shape, 2) for _ in text], text)
+        shapes = None if text[0] is None else tuple(x.shape for x in text[0])
+        key = (shape, shapes, self.dtype, self.device)
+        if key not in self.graph_caches:
+            kept = [None if x is None else tuple(torch.empty_like(part) for part in x) for x in text]
+            self.graph_caches[key] = Cache([self.empty(shape, 2) for _ in text], kept)
+            for tensor in (part for x in self.graph_caches[key].past + kept if x is not None for part in x):
+                torch._dynamo.mark_static_address(tensor)
+        for old, new in zip(self.graph_caches[key].text, text):
+            for to, part in zip(old or (), new or ()):
+                to.copy_(part)
+        return self.graph_caches[key]
+
+    def empty(self, shape, count):
+        """`count` tensors of zeros (what lies behind the last position is masked, but must be a number)."""
+        return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(count))
+
+    def expanded(self):
+        """The same model with full tables in place of each `TokenTable`, as the released checkpoints have them."""
+        gpt = GPT(replace(self.config, token_rank=0, levels=()), copy.deepcopy(self.text_encoder)).to(self.device, self.dtype)
+        tensors = {name: x for name, x in self.state_dict().items() if not name.endswith((".own", ".mix"))}
+        for name, layer in self.named_modules():
+            if isinstance(layer, TokenTable):
+                tensors[f"{name}.weight"] = layer.features() @ layer.mix          # (V, D)
+        gpt.load_state_dict(tensors)
+        return gpt.train(self.training)
 
     def beside_null(self, text, text_mask, null_text):
         """Put the empty caption below B captions, padded to one length: states (2B, M, E), mask (2B, M)."""

@@ -4,6 +4,7 @@ All tests, in reading order. Each section's header says which mistakes it exists
     python -m pytest -q          # or: python test_all.py
     python test_all.py judge out/cpu out/cpu-prior      # scores a trained prior, two minutes
 """
+import copy
 import dataclasses
 import hashlib
 import http.server
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import ar
 import common
 import flow
 import model
@@ -37,7 +39,7 @@ import sample
 import train_ar
 import train_tokenizer
 import vae as vae_module
-from ar import GPT, GPTConfig, cross_entropy, probabilities
+from ar import GPT, GPTConfig, choose, cross_entropy, probabilities
 from common import (Run, UserError, fit, from_cli, learning_rate, make_ema, psnr, read_image, replacing, save_grid, to_image,
                     to_tensor)
 from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, contrast, list_files, open_data, split_paths,
@@ -1537,21 +1539,84 @@ def test_streams_and_prefixes_are_the_tokens_that_generate_gives():
     assert torch.equal(gpt.generate(**condition, top_k=1), greedy)
 
 
-def test_compiled_steps_write_the_same_tokens():
-    gpt = small_gpt()
-    labels = torch.tensor([0, 3])
-    gpt.compiled_step = torch.compile(gpt.step, backend="aot_eager", fullgraph=True, dynamic=False)  # inductor takes a minute here
-    counter = torch._dynamo.utils.counters["stats"]
-    before = counter["unique_graphs"]
-    for _ in range(2):
-        assert torch.equal(gpt.generate(labels=labels, cfg_scale=2.0, temperature=0, compile=True),
-                           gpt.generate(labels=labels, cfg_scale=2.0, temperature=0))
-    assert counter["unique_graphs"] - before == 1  # no recompilation, at no position and in no second call
+def test_compiled_steps_write_the_same_tokens(monkeypatch):
+    compiled = torch.compile(GPT.step, backend="aot_eager", fullgraph=True, dynamic=False)  # inductor takes a minute here
+    monkeypatch.setattr(ar, "compiled_step", lambda: compiled)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for changes in (dict(), dict(text_width=24)):
+        gpt = small_gpt(**changes)
+        for B in (2, 3, 2):
+            condition = condition_of(gpt, B)
+            assert torch.equal(gpt.generate(**condition, cfg_scale=2.0, temperature=0, compile=True),
+                               gpt.generate(**condition, cfg_scale=2.0, temperature=0))
+    assert graphs["unique_graphs"] - before == 4  # one for each model and batch size; none for a position, a caption's length, a second call
+    other = copy.deepcopy(gpt)  # it runs its own weights
+    torch.nn.init.normal_(other.head.linear.weight)
+    assert torch.equal(other.generate(**condition, temperature=0, compile=True), other.generate(**condition, temperature=0))
+
+
+@torch.no_grad()
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    logits = torch.tensor([[0.0, 2.0, -torch.inf, 1.0, 0.5, -3.0]]).expand(20_000, -1)
+    for settings in ((1.0, 0, 0.0), (0.7, 3, 0.0), (1.0, 0, 0.8)):
+        drawn = choose(logits, *settings, torch.Generator().manual_seed(0))       # (20000, 1)
+        shares, wanted = torch.bincount(drawn[:, 0], minlength=6) / 20_000, probabilities(logits[:1], *settings)[0]
+        assert (shares - wanted).abs().max() < 0.015 and (shares[wanted == 0] == 0).all()
+
+
+@torch.no_grad()
+def test_guided_text_is_beside_the_empty_caption_of_our_own_encoder():
+    gpt, seen = small_gpt(text_width=24, classes=0), []
+    read = gpt.read
+    gpt.read = lambda *args: seen.append(read(*args)) or seen[-1]
+    text, mask = gpt.encode_text(["red", "a blue star"])
+    tokens = gpt.generate(text=text, text_mask=mask, cfg_scale=2.0, temperature=0)
+    cond, uncond = torch.stack(seen, 1).chunk(2)                                  # (2, T, V) each
+    assert torch.allclose(cond, gpt(tokens, text=text, text_mask=mask), atol=1e-5) and torch.allclose(uncond, gpt(tokens), atol=1e-5)
+
+
+@torch.no_grad()
+def test_generation_runs_under_autocast_and_with_weights_in_16_bits():
+    gpt, labels = small_gpt(text_width=24), torch.tensor([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gpt.generate(labels=labels, k=4).shape == (2, 4)
+    text, mask = gpt.encode_text(["red", "blue"])                                 # float32 states
+    assert gpt.bfloat16().generate(labels=labels, text=text, text_mask=mask, k=4, cfg_scale=2.0).shape == (2, 4)
+
+
+def test_making_a_prior_leaves_its_caption_encoder_alone():
+    encoder = CaptionEncoder(CaptionConfig(width=24, head_dim=12))
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    gpt = GPT(GPTConfig(vocab_size=20, length=4, width=32, depth=1, head_dim=16, text_width=24), encoder)
+    assert all(torch.equal(x, before[name]) for name, x in gpt.text_encoder.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_table_of_few_numbers_is_a_table_and_can_be_written_out():
+    gpt = GPT(GPTConfig(vocab_size=60, length=4, width=32, depth=1, head_dim=16, classes=3, token_rank=5, levels=(4, 3, 5)))
+    mean, _ = gpt.loss(torch.randint(60, (2, 4)))
+    assert abs(mean.item() - math.log(60)) < 1e-5  # begins with a guess, as the full table does
+    for table in (gpt.preprocessor.embedding, gpt.head.linear):
+        torch.nn.init.normal_(table.own)
+        torch.nn.init.normal_(table.mix)
+    table, token = gpt.head.linear, 2 + 4 * 1 + 12 * 3  # digits 2, 1, 3
+    row = table.mix[2] + table.mix[4 + 1] + table.mix[4 + 3 + 3] + table.own[token] @ table.mix[12:]
+    assert torch.allclose((table.features() @ table.mix)[token], row, atol=1e-5)
+    tokens, labels = torch.randint(60, (2, 4)), torch.tensor([1, -1])
+    full = gpt.expanded()
+    assert torch.allclose(full(tokens, labels), gpt(tokens, labels), atol=1e-4)
+    assert full.state_dict().keys() == GPT(full.config).state_dict().keys() and full.config.token_rank == 0
+    assert torch.equal(full.generate(labels=labels, temperature=0), gpt.generate(labels=labels, temperature=0))
+    with pytest.raises(ValueError, match="vocabulary"):
+        GPT(dataclasses.replace(gpt.config, vocab_size=61))
 
 
 @pytest.mark.parametrize("call, words", [
     (dict(k=0), "k=0: expected 1 to 12"), (dict(k=13), "k=13: expected 1 to 12"), (dict(temperature=-1.0), "temperature=-1.0"),
-    (dict(text=torch.zeros(1, 2, 24)), "not made for text"), (dict(prefix=torch.zeros(1, 12, dtype=torch.long)), "expected 13 to 12")])
+    (dict(text=torch.zeros(1, 2, 24)), "not made for text"), (dict(labels=torch.tensor([4])), "labels [4]: expected 0 to 3"),
+    (dict(prefix=torch.tensor([[50]])), "expected tokens 0 to 49"), (dict(labels=torch.tensor([1]), prefix=torch.zeros(2, 1, dtype=torch.long)), "different numbers"),
+    (dict(temperature=math.nan), "temperature=nan"), (dict(prefix=torch.zeros(1, 12, dtype=torch.long)), "expected 13 to 12")])
 def test_generate_refuses_what_it_cannot_do(call, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         small_gpt().generate(**call)
@@ -1639,12 +1704,12 @@ def test_captions_become_bytes_with_an_end():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# train_ar: catches tokens of another tokenizer, a resume that draws other conditions, weights that are not what was trained
-# once the shared digits are folded in, and a prior that learns nothing.
+# train_ar: catches tokens of another tokenizer, of another image, or half of them; a resume that draws other conditions; and
+# a prior that learns nothing.
 
 TINY_PRIOR = dict(data="shapes", views=1, width=32, depth=1, head_dim=16, caption_width=32, caption_depth=1, steps=10, batch_size=8,
                   warmup=2, lr=3e-3, ema_decay=0.5, log_every=2, eval_every=100, eval_images=16, precision="fp32", device="cpu",
-                  share_digits=True)
+                  token_rank=3)
 
 
 @pytest.fixture(scope="module")
@@ -1726,7 +1791,7 @@ def test_tokens_are_made_once_go_on_after_an_interruption_and_know_their_tokeniz
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FlexTok, "tokenize", interrupted)
         train_ar.TokenSet(path, tokenizer, dataset, config, run)
-    assert json.load(open(path + ".json"))["done"] == 1024
+    assert json.load(open(path + ".progress.json"))["done"] == 1024
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(FlexTok, "tokenize", lambda self, images: calls.append(len(images)) or tokenize(self, images))
@@ -1738,22 +1803,45 @@ def test_tokens_are_made_once_go_on_after_an_interruption_and_know_their_tokeniz
         tokenizer.encoder.head.weight += 1
     with pytest.raises(UserError, match="made with another tokenizer"):
         train_ar.TokenSet(path, tokenizer, dataset, config, run)
+    tokenizer = FlexTok.from_pretrained(tiny_tokenizer)
+    with train_ar.locked(path, run), pytest.raises(UserError, match="another run is writing it"):
+        train_ar.TokenSet(path, tokenizer, dataset, config, run)
+    for content in (b"junk", None):
+        if content:
+            open(path, "wb").write(content)
+        else:
+            os.remove(path)
+        with pytest.raises(UserError, match="cannot be read"):
+            train_ar.TokenSet(path, tokenizer, dataset, config, run)
 
 
-def test_shared_digits_are_folded_into_the_same_model():
-    torch.manual_seed(0)
-    tokenizer = FlexTok(dataclasses.replace(SMALL, levels=(4, 3, 5)), VAE(SMALL_VAE))
-    gpt = train_ar.build_prior(train_ar.ARConfig(**{**TINY_PRIOR, "condition": ("class",)}), tokenizer, 8)
-    for layer in (gpt.preprocessor.embedding, gpt.head.linear):
-        torch.nn.init.normal_(layer.parametrizations.weight[0].shared)
-        torch.nn.init.normal_(layer.parametrizations.weight.original)
-    table = gpt.head.linear.parametrizations.weight[0]
-    token = 2 + 4 * 1 + 12 * 3  # digits 2, 1, 3
-    shared = table.shared[2] + table.shared[4 + 1] + table.shared[4 + 3 + 3]
-    assert torch.allclose(gpt.head.linear.weight[token], gpt.head.linear.parametrizations.weight.original[token] + shared, atol=1e-6)
-    plain, tokens = train_ar.folded(gpt), torch.randint(60, (2, 4))
-    assert torch.equal(plain(tokens, torch.tensor([1, -1])), gpt(tokens, torch.tensor([1, -1])))
-    assert set(plain.state_dict()) == set(GPT(gpt.config).state_dict())
+def test_an_unreadable_image_takes_the_label_and_caption_of_the_one_that_replaces_it(tmp_path, tiny_tokenizer):
+    for name, colour in (("a/1.png", "red"), ("a/2.png", "blue"), ("b/3.png", "green"), ("b/4.png", "white")):
+        os.makedirs(tmp_path / "images" / name[0], exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "images" / name)
+        (tmp_path / "images" / name).with_suffix(".txt").write_text(colour)
+    dataset = Folder(str(tmp_path / "images"), 16, "train", augment=False)
+    files = [dataset.caption(i) for i in range(len(dataset))]
+    broken = next(i for i in range(len(dataset) - 1) if dataset.label(i) != dataset.label(i + 1))
+    get = dataset.get
+    def failing(i, rng):
+        if i == broken:
+            raise UserError("broken")
+        return get(i, rng)
+    dataset.get = failing
+    tokens = train_ar.TokenSet(str(tmp_path / "tokens.npy"), FlexTok.from_pretrained(tiny_tokenizer),
+                               dataset, train_ar.ARConfig(**{**TINY_PRIOR, "views": 2}), Run(torch.device("cpu")))
+    assert tokens.tokens.shape[0] == 2 * len(dataset)
+    assert tokens.caption(broken) == files[broken + 1] and tokens.label(broken) == dataset.label(broken + 1)
+    assert np.array_equal(tokens.tokens[broken], tokens.tokens[broken + 1])
+
+
+def test_an_empty_class_is_refused_by_name(tmp_path, tiny_tokenizer):
+    dataset = Shapes(16, length=300)
+    dataset.classes = [*KINDS, "dragon"]
+    with pytest.raises(UserError, match="no training image is of the class 'dragon'"):
+        train_ar.TokenSet(str(tmp_path / "tokens.npy"), FlexTok.from_pretrained(tiny_tokenizer), dataset, train_ar.ARConfig(**TINY_PRIOR),
+                          Run(torch.device("cpu")))
 
 
 def test_conditions_are_dropped_as_often_as_said_and_independently_of_the_number_of_processes():
@@ -1772,7 +1860,7 @@ def test_conditions_are_dropped_as_often_as_said_and_independently_of_the_number
 def test_mup_slows_matrices_down_and_nothing_else():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(vocab_size=20, length=4, width=64, depth=1, head_dim=16, classes=3))
-    slow, fast = train_ar.parameter_groups(gpt, train_ar.ARConfig(width=64, mup_base_width=16))
+    fast, slow = train_ar.parameter_groups(gpt, train_ar.ARConfig(width=64, mup_base_width=16))
     assert slow["lr_scale"] == 0.25 and fast["lr_scale"] == 1 and fast["weight_decay"] == 0
     slow, fast = ({id(p) for p in group["params"]} for group in (slow, fast))
     for name, p in gpt.named_parameters():
@@ -1783,7 +1871,7 @@ def test_mup_slows_matrices_down_and_nothing_else():
 def test_losses_are_grouped_by_position():
     losses = torch.arange(80.)[None]
     sums, counts = train_ar.by_position(losses)
-    assert sums.tolist() == [0, sum(range(1, 8)), sum(range(8, 64)), sum(range(64, 80))] and counts.tolist() == [1, 7, 56, 16]
+    assert sums.tolist() == [0, sum(range(1, 8)), sum(range(8, 64)), sum(range(64, 80))] and counts == [1, 7, 56, 16]
 
 
 def test_a_prior_learns_which_tokens_belong_to_which_class_and_caption():
@@ -1805,7 +1893,8 @@ def test_a_prior_learns_which_tokens_belong_to_which_class_and_caption():
 
 @pytest.mark.parametrize("change, message", [
     (dict(condition=("smell",)), "--condition smell"), (dict(length=9), "--length 9: .* has 4"), (dict(width=33), "--width 33"),
-    (dict(micro_batch=3), "--batch_size 8"), (dict(views=0), "--views 0"), (dict(tokenizer="nowhere"), "nowhere")])
+    (dict(micro_batch=3), "--batch_size 8"), (dict(micro_batch=-1), "--micro_batch -1"), (dict(views=0), "--views 0"), (dict(tokenizer="nowhere"), "nowhere"),
+    (dict(caption_width=48), "--caption_width 48"), (dict(condition_dropout=1.0), "--condition_dropout 1.0"), (dict(seed=2**40), "--seed")])
 def test_prior_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, tiny_tokenizer, change, message):
     with pytest.raises(UserError, match=message):
         train_prior(**{"out": tmp_path / "run", "tokenizer": tiny_tokenizer, "tokens": "", **change})

@@ -67,11 +67,10 @@ class CaptionEncoder(nn.Module):
 
     def tokenize(self, captions):
         """List of B strings -> ids (B, M) int64 and mask (B, M), True where real; M is that of the longest, with its END."""
-        device = self.positions.device
-        rows = [[*caption.encode("utf-8", "replace")[:self.config.max_bytes], END] for caption in captions]
-        lengths = torch.tensor([len(row) for row in rows], device=device)         # (B,)
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)  # (B, M)
-        return ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]  # (B, M)
+        rows = [torch.tensor([*caption.encode("utf-8", "replace")[:self.config.max_bytes], END]) for caption in captions]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B, M)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]        # (B, M)
+        return ids.to(self.positions.device), mask.to(self.positions.device)
 
     def forward(self, ids, mask):
         """ids (B, M), mask (B, M) -> states (B, M, E) and the mask. What is masked never changes the states of what is not."""

@@ -5,7 +5,7 @@ Train the prior: a GPT that writes the tokens of a trained tokenizer, by class a
                                 labels, captions ------------>   loss = -log p(token)
 
 Paper: FlexTok, arXiv 2502.13967, section 3.3. Differences: no dropout inside the network; captions are read by a small byte
-encoder that is trained along, not by a frozen T5; runs of minutes share what FSQ's digits share (`SharedDigits`).
+encoder that is trained along, not by a frozen T5; small priors use smaller tables of tokens (`TokenTable` in ar.py).
 
     python train_ar.py --preset cpu                                              # after train_tokenizer.py --preset cpu
     python train_ar.py --preset emoji64-cpu
@@ -14,9 +14,10 @@ encoder that is trained along, not by a frozen T5; runs of minutes share what FS
 Writes out/<run>/: tokens.npy, config.json, model.safetensors (EMA weights: what sample.py reads), resume.pt, log.jsonl, pictures.
 Times and expected numbers: README.md.                                                        Next: sample.py generate
 """
-import copy
+import fcntl
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -24,14 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
 
 from ar import GPT, SIZES, GPTConfig
 from common import (Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command, from_cli,
                     init_distributed, learning_rate, load_resume, make_ema, provenance, read_json, recommended_guidance, replacing,
                     save_grid, save_resume, seed_step, to_float, write_json)
 from data import Shapes, batches, get_readable, open_data
-from fsq import FSQ
 from model import FlexTok, powers_of_two
 from text import CaptionConfig, CaptionEncoder
 
@@ -55,7 +54,7 @@ class ARConfig:
     caption_width: int = 128             # of the caption encoder
     caption_depth: int = 2               # of the caption encoder
     caption_bytes: int = 128             # longer captions are cut
-    share_digits: bool = False           # learn what FSQ's digits share, beside every token's own vector; for short runs
+    token_rank: int = 0                  # 0: tables with a vector for each token, official; 16 for small priors: see TokenTable
     # method
     condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
     # optimisation
@@ -76,7 +75,7 @@ class ARConfig:
     log_every: int = 100                 # steps
     eval_every: int = 5000               # steps; also saves
     eval_images: int = 256               # held-out images whose tokens are scored
-    eval_cfg_scale: float = 1.5          # guidance of the sample grid, and what sample.py uses unless told otherwise
+    cfg_scale: float = 1.5               # guidance of the sample grid, and what sample.py uses unless told otherwise
     resume: bool = False                 # continue the run in --out
     stop_at: int = 0                     # save and end before this step, as if interrupted; 0: never
 
@@ -88,18 +87,18 @@ PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("cl
 PRESETS = {
     # Two CPU cores, on the tokenizer of train_tokenizer.py --preset cpu
     "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=4, width=128, depth=4, head_dim=32, caption_width=64,
-                share_digits=True, steps=1200, batch_size=64, lr=2e-3, warmup=60, ema_decay=0.99, weight_decay=0.05,
+                token_rank=16, steps=1500, batch_size=64, lr=2e-3, warmup=60, ema_decay=0.99, weight_decay=0.05,
                 log_every=50, eval_every=600),
     # Two CPU cores, on the shipped tokenizer
     "emoji64-cpu": dict(data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=20, width=192, depth=4, head_dim=48,
-                        share_digits=True, steps=2000, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.995, weight_decay=0.05,
+                        token_rank=16, steps=2000, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.995, weight_decay=0.05,
                         eval_every=1000),
     # One GPU: meant for minutes on one; not run here, so neither time nor quality is known
     "emoji64": dict(data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior-gpu", views=64, width=384, depth=6,
-                    share_digits=True, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+                    token_rank=16, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
     **{name: dict(PAPER, width=width, depth=depth, out=f"out/prior-{name}") for name, (width, depth) in SIZES.items()},
 }
-RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "eval_cfg_scale", "resume", "stop_at",
+RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "cfg_scale", "resume", "stop_at",
               "micro_batch", "tokens")  # may differ when a run is resumed
 GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are logged apart: where are the bits?
 
@@ -111,60 +110,87 @@ GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are log
 class TokenSet:
     """Tokens of `views` augmented versions of every image: a data set like data.py's, whose "images" are tokens (K,) int64.
 
-    They lie in one .npy file (n·views, K), uint16 or uint32, memory-mapped; beside it a .json with the labels, the captions,
-    how far it has got, and the fingerprint of the tokenizer that made them. Raises UserError if another one did.
+    path: a .npy file (n·views, K), uint16 or uint32, memory-mapped. Beside it <path>.json: the fingerprint of the tokenizer
+    that made it, labels and captions; and <path>.progress.json: how many rows are done. Raises UserError if another
+    tokenizer, or other images, made it; if another run is writing it; if it is damaged.
     """
 
     def __init__(self, path, tokenizer, dataset, config, run):
-        n, K = len(dataset), tokenizer.config.registers
-        views = 1 if isinstance(dataset, Shapes) else config.views
-        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "images": n, "views": views, "seed": config.seed}
-        done = 0
-        if os.path.exists(path + ".json"):
-            known = read_json(path + ".json")
-            for name, value in made_by.items():
-                if known.get(name) != value:
-                    raise UserError(f"{path}: its tokens were made with another {name} ({known.get(name)}, expected {value}); "
-                                    f"name another file with --tokens, or delete it and {path}.json")
-            done = known["done"]
-        else:
-            known = {**made_by, "done": 0, "classes": dataset.classes, "labels": [dataset.label(i) for i in range(n)],
-                     "captions": [dataset.caption(i) for i in range(n)]}
-        if done < n * views:
-            self._fill(path, known, tokenizer, dataset, n * views, config, run)
-        self.tokens = np.load(path, mmap_mode="r")                                # (n·views, K)
-        if self.tokens.shape != (n * views, K):
-            raise UserError(f"{path}: holds {self.tokens.shape} tokens, expected {(n * views, K)}; delete it and {path}.json")
-        self.n, self.views, self.classes = n, views, known["classes"]
-        self.labels, self.captions = known["labels"], known["captions"]
+        self.path, self.n, self.classes = path, len(dataset), dataset.classes
+        self.views = 1 if isinstance(dataset, Shapes) else config.views
+        self.labels, self.captions = [dataset.label(i) for i in range(self.n)], [dataset.caption(i) for i in range(self.n)]
+        absent = set(range(len(self.classes))) - set(self.labels)
+        if absent and "class" in config.condition:
+            raise UserError(f"--data {config.data}: no training image is of the class {self.classes[min(absent)]!r}; remove its folder "
+                            f"or put images into it")
+        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "images": self.n, "views": self.views, "seed": config.seed}
+        shape = (self.n * self.views, tokenizer.config.registers)
+        with locked(path, run):
+            done = self._begin(made_by, shape, np.uint16 if tokenizer.fsq.vocab_size <= 2**16 else np.uint32, run)
+            self.tokens = self._open("r+" if done < shape[0] else "r", shape)     # (n·views, K)
+            if done < shape[0]:
+                self._fill(done, tokenizer, dataset, config, run)
+        # a file that cannot be read is replaced by the next one: by its label and caption too
+        for i, source in read_json(path + ".progress.json")["replaced"]:
+            self.labels[i], self.captions[i] = self.labels[source], self.captions[source]
 
-    def _fill(self, path, known, tokenizer, dataset, rows, config, run):
-        """Tokenise what is missing; each process every world-th part of 64 rows. What is done survives an interruption."""
-        kind, K = np.uint16 if tokenizer.fsq.vocab_size <= 2**16 else np.uint32, tokenizer.config.registers
-        if run.is_main and known["done"] == 0:
-            with replacing(path) as temporary:
-                np.lib.format.open_memmap(temporary, "w+", kind, (rows, K)).flush()
+    def _begin(self, made_by, shape, kind, run):
+        """Check or make the files; returns how many rows are done."""
+        if os.path.exists(self.path + ".json"):
+            known, progress = read_json(self.path + ".json"), read_json(self.path + ".progress.json")
+            for name, value in made_by.items():
+                if not isinstance(known, dict) or known.get(name) != value:
+                    raise UserError(f"{self.path}: its tokens were made with another {name}; name another file with --tokens, or "
+                                    f"delete it and {self.path}.json")
+            if not isinstance(progress, dict) or type(progress.get("done")) is not int:
+                raise UserError(f"{self.path}.progress.json: damaged; delete it and {self.path}.json")
+            return progress["done"]
         if run.world > 1:
-            dist.barrier()  # the file is there
-        store, seconds, last = np.lib.format.open_memmap(path, "r+"), time.time(), known["done"]
-        slab = 64 * run.world
-        for start in range(known["done"], rows, slab):
+            dist.barrier()  # all have looked
+        if run.is_main:
+            with replacing(self.path) as temporary:
+                np.lib.format.open_memmap(temporary, "w+", kind, shape).flush()
+            write_json(self.path + ".progress.json", {"done": 0, "replaced": []})
+            write_json(self.path + ".json", {**made_by, "classes": self.classes, "labels": self.labels, "captions": self.captions})
+        if run.world > 1:
+            dist.barrier()  # the files are there
+        return 0
+
+    def _open(self, mode, shape):
+        try:
+            tokens = np.load(self.path, mmap_mode=mode)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}: cannot be read ({error}); delete {self.path}.json and it is made anew") from None
+        if tokens.shape != shape or tokens.dtype not in (np.uint16, np.uint32):
+            raise UserError(f"{self.path}: holds {tokens.dtype} {tokens.shape}, expected {shape}; delete it and {self.path}.json")
+        return tokens
+
+    def _fill(self, done, tokenizer, dataset, config, run):
+        """Tokenise what is missing; each process every world-th part of 64 rows. What is done survives an interruption."""
+        seconds, rows, slab, last = time.time(), len(self.tokens), 64 * run.world, done
+        replaced = {int(i): source for i, source in read_json(self.path + ".progress.json")["replaced"]}
+        for start in range(done, rows, slab):
             mine = range(start + 64 * run.rank, min(start + 64 * (run.rank + 1), rows))
             if mine:
-                images = torch.stack([get_readable(dataset, row % len(dataset), np.random.default_rng((config.seed, row)))[0]
-                                      for row in mine])                           # (64, 3, H, W) uint8
+                read = [get_readable(dataset, row % self.n, np.random.default_rng((config.seed, row))) for row in mine]
+                replaced.update({row % self.n: source for row, (_, source) in zip(mine, read) if source != row % self.n})
+                images = torch.stack([image for image, _ in read])                # (64, 3, H, W) uint8
                 tokens = tokenizer.tokenize(to_float(images.to(run.device)))      # 64 x (1, K)
-                store[mine.start:mine.stop] = torch.cat(tokens).cpu().numpy()
+                self.tokens[mine.start:mine.stop] = torch.cat(tokens).cpu().numpy()
             end = min(start + slab, rows)
             if end - last >= 16 * slab or end == rows:
-                store.flush()
+                self.tokens.flush()
                 if run.world > 1:
-                    dist.barrier()  # all have written up to here
+                    everyones = [None] * run.world
+                    dist.all_gather_object(everyones, replaced)  # waits, too: all have written up to here
+                    replaced = {i: source for one in everyones for i, source in one.items()}
                 if run.is_main:
-                    write_json(path + ".json", {**known, "done": end})
+                    write_json(self.path + ".progress.json", {"done": end, "replaced": sorted(replaced.items())})
+                if run.is_main and (end == rows or end * 10 // rows > last * 10 // rows):  # ten lines, whatever the size
+                    print(f"tokenised {end:,} of {rows:,} views in {clock(time.time() - seconds)}", flush=True)
+                if run.world > 1:
+                    dist.barrier()  # the progress is on the disk
                 last = end
-        if run.is_main:
-            print(f"tokenised {rows - known['done']:,} views in {clock(time.time() - seconds)}")
 
     def __len__(self):
         return self.n
@@ -172,60 +198,39 @@ class TokenSet:
     def label(self, i):
         return self.labels[i]
 
+    def caption(self, i):
+        return self.captions[i]
+
     def get(self, i, rng):
         row = int(rng.integers(self.views)) * self.n + i
         return torch.from_numpy(self.tokens[row].astype(np.int64))                # (K,)
+
+
+@contextmanager
+def locked(path, run):
+    """Only one run at a time may write the file of tokens; the lock goes when its process does. Raises UserError if another has it."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".lock", "w") as file:
+        if run.is_main:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path}: another run is writing it; wait for it, or name another file with --tokens") from None
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Model
 
 
-class SharedDigits(nn.Module):
-    """A (V, D) matrix plus, for each of a token's FSQ digits, a vector that all tokens with this digit share.
-
-    64,000 tokens are too many to meet each of them in a run of minutes; but they are numbers of 6 digits, and neighbours
-    mean about the same. What is learned about a digit is learned for the thousands of tokens that have it. This is a way to
-    train, not another model: the sum is again a (V, D) matrix, and that is what is saved.
-    """
-
-    def __init__(self, levels, width):
-        super().__init__()
-        fsq = FSQ(levels)
-        digits = torch.arange(fsq.vocab_size)[:, None] // fsq.basis % fsq.level_counts  # (V, L)
-        one_hot = torch.cat([nn.functional.one_hot(column, n) for column, n in zip(digits.T, levels)], 1).float()
-        self.register_buffer("one_hot", one_hot, persistent=False)                # (V, sum of levels)
-        self.shared = nn.Parameter(torch.zeros(sum(levels), width))
-
-    def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight + self.one_hot @ self.shared                            # (V, D)
-
-
 def build_prior(config, tokenizer, classes):
     """A new GPT for the tokens of `tokenizer`."""
     text = CaptionEncoder(CaptionConfig(config.caption_width, config.caption_depth, max_bytes=config.caption_bytes)) \
         if "text" in config.condition else None
-    gpt = GPT(GPTConfig(
+    return GPT(GPTConfig(
         vocab_size=tokenizer.fsq.vocab_size, length=config.length or tokenizer.config.registers, width=config.width, depth=config.depth,
-        head_dim=config.head_dim, classes=classes if "class" in config.condition else 0,
-        text_width=config.caption_width if text else 0, cfg_scale=config.eval_cfg_scale), text)
-    if config.share_digits:
-        for layer in (gpt.preprocessor.embedding, gpt.head.linear):
-            parametrize.register_parametrization(layer, "weight", SharedDigits(tokenizer.config.levels, config.width))
-        nn.init.normal_(gpt.preprocessor.embedding.parametrizations.weight[0].shared, std=0.3)
-    return gpt
-
-
-def folded(gpt):
-    """A copy without `SharedDigits`: the sums have become the weights."""
-    tensors = {name: x for name, x in gpt.state_dict().items() if ".parametrizations." not in name}
-    for name, layer in gpt.named_modules():
-        if parametrize.is_parametrized(layer):
-            tensors[f"{name}.weight"] = layer.weight.detach()                     # (V, D)
-    plain = GPT(gpt.config, copy.deepcopy(gpt.text_encoder))
-    plain.load_state_dict(tensors)
-    return plain.to(gpt.head.linear.weight.device)
+        head_dim=config.head_dim, classes=classes if "class" in config.condition else 0, text_width=config.caption_width if text else 0,
+        token_rank=config.token_rank, levels=tokenizer.config.levels if config.token_rank else (), cfg_scale=config.cfg_scale), text)
 
 
 class Loss(nn.Module):
@@ -252,7 +257,7 @@ def drop_conditions(config, labels, captions, step, run):
     dropped = torch.rand(b * run.world, generator=generator) < config.condition_dropout   # (B,)
     which = torch.randint(3, (b * run.world,), generator=generator)                # (B,): 0 text only, 1 class only, 2 both
     mine = slice(run.rank * b, (run.rank + 1) * b)
-    both = len(config.condition) == 2
+    both = set(config.condition) == {"class", "text"}
     no_class, no_text = (dropped | both & (which == w) for w in (0, 1))            # (B,) each
     labels = torch.where(no_class[mine], -1, labels) if "class" in config.condition else None
     captions = ["" if no else caption for no, caption in zip(no_text[mine], captions)] if "text" in config.condition else None
@@ -262,16 +267,20 @@ def drop_conditions(config, labels, captions, step, run):
 def parameter_groups(model, config):
     """AdamW's groups: matrices decay, vectors and embeddings do not. With muP, matrices learn more slowly the wider they are.
 
-    muP (arXiv 2203.03466) for Adam: a matrix whose inputs grow with the width learns at lr·base/width. The head is such a
-    matrix; its multiplier base/width of the readout is the same thing here, because it begins at zero and Adam's steps do not
-    depend on the size of the gradient. Embeddings, norms and vectors keep lr. Checked for width alone, not for depth.
+    muP (arXiv 2203.03466) for Adam: a matrix whose inputs grow with the width learns at lr·base/width, so that an lr found on
+    a narrow model serves a wide one (of the same depth; more is not promised). The head is such a matrix: a multiplier
+    base/width of the readout would do the same, because the head begins at zero and Adam's steps do not depend on the size
+    of the gradient. Embeddings, norms, vectors, and what reads captions (whose width is another) keep lr. Weight decay acts
+    through lr and so shrinks with it; it is not scaled back.
     """
-    def is_matrix(name, p):
-        return p.dim() == 2 and not any(word in name for word in ("embedding", "positions"))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def group_of(name, p):
+        if p.dim() != 2 or any(word in name for word in ("embedding", "positions")):
+            return 0
+        return 1 if name.startswith(("text_encoder.", "text_mlp.")) else 2
+    groups = [[p for name, p in model.named_parameters() if p.requires_grad and group_of(name, p) == i] for i in range(3)]
     slow = config.mup_base_width / config.width if config.mup_base_width else 1.0
-    return [{"params": [p for name, p in named if is_matrix(name, p)], "weight_decay": config.weight_decay, "lr_scale": slow},
-            {"params": [p for name, p in named if not is_matrix(name, p)], "weight_decay": 0.0, "lr_scale": 1.0}]
+    return [{"params": group, "weight_decay": decay, "lr_scale": scale}
+            for group, decay, scale in zip(groups, (0.0, config.weight_decay, config.weight_decay), (1.0, 1.0, slow)) if group]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,35 +288,34 @@ def parameter_groups(model, config):
 
 
 def by_position(losses):
-    """Losses (b, T) -> sums and counts per group of positions (1, 2-8, 9-64, 65-), each (4,)."""
+    """Losses (b, T) -> sums per group of positions (1, 2-8, 9-64, 65-), (4,) on the device, and counts, a list of 4."""
     parts = [losses[:, start:end] for start, end in GROUPS]
-    return (torch.stack([part.sum() for part in parts]),
-            torch.tensor([part.numel() for part in parts], device=losses.device, dtype=losses.dtype))
+    return torch.stack([part.sum() for part in parts]), [part.numel() for part in parts]
 
 
 @torch.no_grad()
 def evaluate(gpt, tokenizer, held_out, config, path, run):
     """Score held-out tokens with all their conditions, and draw samples from 1, 2, 4, ... tokens into a picture."""
     tokens, labels, captions = held_out
-    sums, counts = torch.zeros(4, device=run.device), torch.zeros(4, device=run.device)
+    sums, counts = torch.zeros(4, device=run.device), [0] * 4
     for start in range(0, len(tokens), 64):
         part = slice(start, start + 64)
         with autocast(run.device, config.precision):
             _, losses = Loss(gpt)(tokens[part].to(run.device), labels[part].to(run.device) if "class" in config.condition else None,
                                   captions[part] if "text" in config.condition else None)
-        s, c = by_position(losses)                                                # (4,) each
-        sums, counts = sums + s, counts + c
+        s, c = by_position(losses)                                                # (4,)
+        sums, counts = sums + s, [a + b for a, b in zip(counts, c)]
     picked = [i * len(tokens) // 8 for i in range(8)]
     wanted, words = labels[picked].to(run.device), [captions[i] for i in picked]
     text, mask = gpt.encode_text(words) if "text" in config.condition else (None, None)
-    drawn = gpt.generate(wanted if "class" in config.condition else None, text, mask, cfg_scale=config.eval_cfg_scale, n=8,
+    drawn = gpt.generate(wanted if "class" in config.condition else None, text, mask, cfg_scale=config.cfg_scale, n=8,
                          generator=torch.Generator().manual_seed(0))              # (8, T)
     columns = [tokenizer.detokenize(list(row[None, :k] for row in drawn), generator=torch.Generator().manual_seed(0),
                                     guidance_scale=recommended_guidance(config.tokenizer)) for k in powers_of_two(drawn.shape[1])]
     save_grid(path, [[column[i].clamp(-1, 1).cpu() for column in columns] for i in range(8)],
               [f"k={k}" for k in powers_of_two(drawn.shape[1])])
-    return {"held_out": (sums.sum() / counts.sum()).item(),
-            "held_out_by_position": [s / c if c else None for s, c in zip(sums.tolist(), counts.tolist())]}
+    return {"held_out": sums.sum().item() / sum(counts),
+            "held_out_by_position": [s / c if c else None for s, c in zip(sums.tolist(), counts)]}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,7 +349,7 @@ def main(config):
     ema = make_ema(raw, config.ema_decay)
     model = Loss(raw)
     if run.world > 1:
-        model = DistributedDataParallel(model)
+        model = DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]
@@ -362,14 +370,14 @@ def main(config):
               f"{config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
 
     def save(step, metrics):
-        folded(ema.module).save_pretrained(config.out, train=asdict(config), classes=dataset.classes, step=step, metrics=metrics,
+        ema.module.save_pretrained(config.out, train=asdict(config), classes=dataset.classes, step=step, metrics=metrics,
                                            tokenizer=tokenizer.fingerprint(), **provenance())
         save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
     # ---- loop -------------------------------------------------------------------------------------------------
     stop = StopRequest()
     metrics, seconds, logged = {}, time.time(), start
-    sums, counts = torch.zeros(4, device=run.device), torch.zeros(4, device=run.device)
+    sums, counts = torch.zeros(4, device=run.device), [0] * 4
     for step in range(start, config.steps):
         lr = learning_rate(step, config.lr, config.warmup, config.steps)
         for group in optimizer.param_groups:
@@ -377,7 +385,11 @@ def main(config):
         seed_step(config.seed, step, run)
         tokens, labels, indices = next(stream)                                    # (b, K), (b,), (b,)
         tokens = tokens[:, :T].to(run.device, non_blocking=True)                  # (b, T)
-        labels, captions = drop_conditions(config, labels, [dataset.captions[i] for i in indices.tolist()], step, run)
+        if step == 0 and run.is_main:  # what it is to learn: looking at it finds most data bugs
+            shown = tokenizer.detokenize(list(tokens[:16]), guidance_scale=recommended_guidance(config.tokenizer),
+                                         generator=torch.Generator().manual_seed(0))
+            save_grid(os.path.join(config.out, "inputs.png"), shown.clamp(-1, 1).cpu().split(8))
+        labels, captions = drop_conditions(config, labels, [dataset.caption(i) for i in indices.tolist()], step, run)
         labels = None if labels is None else labels.to(run.device, non_blocking=True)
 
         for i in range(0, b, micro):
@@ -388,8 +400,8 @@ def main(config):
                                      None if captions is None else captions[part])  # (), (micro, T)
             # FORK: another objective
             (loss * micro / b).backward()
-            s, c = by_position(losses)                                            # (4,) each
-            sums, counts = sums + s, counts + c
+            s, c = by_position(losses)                                            # (4,)
+            sums, counts = sums + s, [a + b for a, b in zip(counts, c)]
 
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         optimizer.step()
@@ -399,20 +411,20 @@ def main(config):
         done = step + 1
         stopping = done == config.stop_at or stop.agreed(run)
         evaluating = done % config.eval_every == 0 or done == config.steps
-        if (evaluating or stopping) and not loss.isfinite():
+        if (evaluating or stopping) and not grad_norm.isfinite():  # the same on all processes, and of all micro-batches
             raise UserError(f"the loss is no longer finite at step {step}; the last checkpoint stands, try a lower --lr than {config.lr}")
         if done % config.log_every == 0 or done == config.steps:
             if run.world > 1:
-                dist.all_reduce(sums), dist.all_reduce(counts)
+                dist.all_reduce(sums)
+                sums /= run.world  # the counts are the same everywhere
             rate = (done - logged) / (time.time() - seconds)
-            log(step=step, loss=(sums.sum() / counts.sum()).item(),
-                loss_by_position=[s / c if c else None for s, c in zip(sums.tolist(), counts.tolist())], lr=lr,
+            log(step=step, loss=sums.sum().item() / sum(counts),
+                loss_by_position=[s / c if c else None for s, c in zip(sums.tolist(), counts)], lr=lr,
                 grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
             seconds, logged = time.time(), done
-            sums.zero_(), counts.zero_()
+            sums, counts = torch.zeros_like(sums), [0] * 4
         if evaluating and run.is_main:
-            plain = folded(ema.module).eval()
-            metrics = evaluate(plain, tokenizer, held_out, config, os.path.join(config.out, f"step{done:07d}.png"), run)
+            metrics = evaluate(ema.module.eval(), tokenizer, held_out, config, os.path.join(config.out, f"step{done:07d}.png"), run)
             log(step=step, **metrics)
             save(done, metrics)
             seconds, logged = time.time(), done  # evaluation does not count as training time
@@ -430,18 +442,28 @@ def tokens_of(dataset, tokenizer, count, T):
     """The first T tokens of `count` images spread over a data set (n, T), their labels (n,), and their captions."""
     n = min(count, len(dataset))
     picked = [i * len(dataset) // n for i in range(n)]
-    images = to_float(torch.stack([get_readable(dataset, i, np.random.default_rng(0))[0] for i in picked]))  # (n, 3, H, W)
+    images, picked = zip(*(get_readable(dataset, i, np.random.default_rng(0)) for i in picked))
+    images = to_float(torch.stack(images))                                        # (n, 3, H, W)
     tokens = torch.cat([row for part in images.split(64) for row in tokenizer.tokenize(part, k=T)]).cpu()    # (n, T)
     return tokens, torch.tensor([dataset.label(i) for i in picked]), [dataset.caption(i) for i in picked]
 
 
 def check(config, run):
     """Raise UserError for settings that cannot work, before anything is trained or written."""
-    for name in ("steps", "batch_size", "log_every", "eval_every", "eval_images", "warmup", "views", "width", "depth", "head_dim"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: expected 0 or more")
+    for names, least in ((("steps", "batch_size", "log_every", "eval_every", "eval_images", "warmup", "views", "width", "depth",
+                           "head_dim", "caption_width", "caption_depth", "caption_bytes"), 1),
+                         (("length", "micro_batch", "workers", "mup_base_width", "token_rank", "seed"), 0)):
+        for name in names:
+            if getattr(config, name) < least:
+                raise UserError(f"--{name} {getattr(config, name)}: expected at least {least}")
+    if not 0 <= config.condition_dropout < 1:
+        raise UserError(f"--condition_dropout {config.condition_dropout}: expected at least 0 and less than 1")
+    if config.seed >= 2**31:
+        raise UserError(f"--seed {config.seed}: expected less than 2147483648")
+    if not 0 < config.lr < 1:
+        raise UserError(f"--lr {config.lr}: expected more than 0 and less than 1")
+    if config.caption_width % CaptionConfig.head_dim:
+        raise UserError(f"--caption_width {config.caption_width}: expected a multiple of {CaptionConfig.head_dim}")
     if not set(config.condition) <= {"class", "text"} and config.condition != ("none",):
         raise UserError(f"--condition {' '.join(config.condition)}: expected class, text, both, or none")
     if config.batch_size % (run.world * max(1, config.micro_batch)):
