@@ -211,8 +211,8 @@ def token_parameter(*shape, std=0.02):
 # Encoder
 
 
-def prefix_causal_attention(N):
-    """Patches see all patches; register j sees all patches and registers 0..j. Returns an `attend` for `Attention`.
+def prefix_causal_attention(N, k):
+    """N patches see all patches; register j of k sees all patches and registers 0..j. Returns an `attend` for `Attention`.
 
     SAVING 2. Written as one attention with a mask, this is a dense (N+K)² mask, which leaves the fast kernels. But the
     mask has only two kinds of rows: patch rows see exactly the patches, so they are attention without any mask; register
@@ -221,13 +221,12 @@ def prefix_causal_attention(N):
     it, leaving out the registers from k on does not change the first k: k tokens cost N + k.
     """
     # FORK: another attention mask
-    def attend(q, k, v, scale):
-        first = q.shape[2] - (k.shape[2] - N)  # N, or 0 where only registers ask: in the last block
-        mask = causal_lower_right(q.shape[2] - first, k.shape[2])
-        registers = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=mask, scale=scale)     # (B, nh, k, hd)
-        if not first:
+    mask = causal_lower_right(k, N + k)
+    def attend(q, keys, v, scale):
+        registers = F.scaled_dot_product_attention(q[:, :, -k:], keys, v, attn_mask=mask, scale=scale)     # (B, nh, k, hd)
+        if q.shape[2] == k:  # in the last block only registers ask
             return registers
-        patches = F.scaled_dot_product_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], scale=scale)       # (B, nh, N, hd)
+        patches = F.scaled_dot_product_attention(q[:, :, :N], keys[:, :, :N], v[:, :, :N], scale=scale)    # (B, nh, N, hd)
         return torch.cat([patches, registers], 2)                                 # (B, nh, N + k, hd)
     return attend
 
@@ -253,7 +252,7 @@ class Encoder(nn.Module):
         patches = self.patch_embed(latents)                                       # (B, N, D)
         B, N, _ = patches.shape
         x = torch.cat([patches, self.registers[:k].expand(B, -1, -1)], 1)         # (B, N + k, D)
-        attend = prefix_causal_attention(N)
+        attend = prefix_causal_attention(N, k)
         for block in self.blocks[:-1]:
             x = block(x, attend)                                                  # (B, N + k, D)
         x = self.blocks[-1](x, attend, slice(N, None))                            # (B, k, D)
@@ -409,6 +408,9 @@ def full_attention(n, heavy, device):
 # FlexTok
 
 
+VAE_SLICE = 8  # images that the VAE is given at once
+
+
 class FlexTok(nn.Module):
     """The whole tokenizer: VAE (frozen), encoder, FSQ, decoder.
 
@@ -457,6 +459,15 @@ class FlexTok(nn.Module):
         back = torch.cat(order).argsort().to(latents.device, non_blocking=True)   # (B,)
         return torch.cat(velocities)[back]                                        # (B, C, h, w)
 
+    def compile_blocks(self, **options):
+        """torch.compile the decoder's blocks; options go to torch.compile. Changes no name in the state dict.
+
+        The blocks share their graphs, and the number of tokens is dynamic in them: a sampling session makes four of them,
+        whatever its k are. Middle and last block, each with dropped registers and without. Batches of one make their own.
+        """
+        for block in self.decoder.blocks:
+            block.compile(dynamic=True, **options)
+
     @torch.no_grad()
     def tokenize(self, images, k=None, sample_posterior=False):
         """images (B, 3, H, W) in [-1, 1] -> list of B int64 tensors (1, k); k=None gives all K.
@@ -465,7 +476,8 @@ class FlexTok(nn.Module):
         official code does. Asking for k tokens costs less and gives the first k of all of them.
         """
         images = images.to(self.decoder.mask_token.device)
-        _, tokens = self.fsq(self.encoder(self.vae.latents(images, sample_posterior), k))
+        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in images.split(VAE_SLICE)])  # (B, C, h, w)
+        _, tokens = self.fsq(self.encoder(latents, k))
         return list(tokens.split(1))                                              # B x (1, k)
 
     @torch.no_grad()
@@ -486,14 +498,16 @@ class FlexTok(nn.Module):
         draw_on = generator.device if generator is not None else device
         noise = torch.cat([torch.randn(1, self.config.latent_channels, h, w, generator=generator, device=draw_on)
                            for _ in range(B)]).to(device)                         # (B, C, h, w)
-        nothing, everyone = codes[:, :0], torch.ones(B, dtype=torch.bool, device=device)
+        # one register of no meaning more than the null condition needs: alone, it would have graphs of its own when compiled
+        nothing, everyone = codes[:, :1], torch.ones(B, dtype=torch.bool, device=device)
         modulations = lru_cache(1)(self.decoder.modulations)  # both passes of a step get the very same t
         latents = flow.euler(flow.guided(
             v_cond=lambda x, t: self.decoder.velocity(x, modulations(t), codes, k_keep).float(),
             v_uncond=lambda x, t: self.decoder.velocity(x, modulations(t), nothing, null=everyone).float(),
             cfg_scale=guidance_scale,
             combine=flow.APG() if perform_norm_guidance else flow.cfg), noise, timesteps)
-        return self.vae.decode(latents)                                           # (B, 3, H, W)
+        # a few at a time: the VAE's finest level holds 512 times what its latents do
+        return torch.cat([self.vae.decode(part) for part in latents.split(VAE_SLICE)])  # (B, 3, H, W)
 
     def codes_of(self, tokens):
         """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded; k_keep (B,), or None if equal."""
@@ -589,7 +603,7 @@ if __name__ == "__main__":
     names = ["p"] * N + [f"r{j}" for j in range(K)]
     print("     " + " ".join(f"{name:>2}" for name in names))
     one_hot = torch.eye(N + K).view(1, 1, N + K, N + K)                           # values that tell whom they come from
-    seen = prefix_causal_attention(N)(torch.zeros_like(one_hot), torch.zeros_like(one_hot), one_hot, scale=1.0)[0, 0]
+    seen = prefix_causal_attention(N, K)(torch.zeros_like(one_hot), torch.zeros_like(one_hot), one_hot, scale=1.0)[0, 0]
     for name, row in zip(names, seen):
         print(f"  {name:>2} " + " ".join(" x" if weight > 0 else " ." for weight in row))
     with torch.device("meta"):  # shapes without memory

@@ -29,8 +29,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ar
+import bench
 import common
 import flow
 import model
@@ -287,6 +289,62 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
     # the same without grouping: one call with a mixed batch, as detokenize makes it
     mixed = tokenizer.decoder(x_t, t, codes[:, :max(lengths)], k_keep, null)
     assert (mixed - plain).abs().max() < 1e-5
+
+
+def test_grouping_small_k_and_leaving_out_the_encoder_of_null_samples_changes_nothing():
+    """Groups are k rounded up to a power of two, at least K/16; whole batches of null conditions too."""
+    tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=64))
+    seen = []
+    tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
+    latents, x_t, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6)
+    k_keep, null = torch.tensor([1, 64, 3, 9, 2, 64]), torch.tensor([False, False, False, False, False, True])
+    fast = tokenizer(latents, x_t, t, k_keep, null)
+    assert sorted(map(tuple, seen)) == [(1, 16), (1, 64), (3, 4)]
+    codes, _ = tokenizer.fsq(plain_encoder(tokenizer.encoder, latents))
+    assert (fast - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)).abs().max() < 1e-5
+    everyone = torch.ones(6, dtype=torch.bool)
+    assert (tokenizer(latents, x_t, t, k_keep, everyone) - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, everyone)).abs().max() < 1e-5
+    assert len(seen) == 3
+
+
+@torch.no_grad()
+def test_a_sampling_step_computes_what_t_decides_once_for_both_passes_and_all_images():
+    tokenizer = a_tokenizer()
+    tokens, calls = torch.randint(64_000, (3, 5)), []
+    tokenizer.decoder.time_embed.register_forward_hook(lambda _, inputs, output: calls.append(output.shape[0]))
+    images = tokenizer.detokenize(list(tokens), 4, 7.5, generator=torch.Generator().manual_seed(1))
+    assert calls == [1] * 4
+    again = bench.plain_detokenize(tokenizer, tokens, 4, torch.Generator().manual_seed(1))  # a pass for each, a row for each image
+    assert (images - again).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_vae_is_given_a_large_batch_in_slices(monkeypatch):
+    tokenizer = a_tokenizer()
+    images = torch.rand(5, 3, 16, 16) * 2 - 1
+    tokens = tokenizer.tokenize(images)
+    whole = tokenizer.detokenize(tokens, 2, 1.0, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model, "VAE_SLICE", 2)
+    assert torch.equal(torch.cat(tokenizer.tokenize(images)), torch.cat(tokens))
+    assert (tokenizer.detokenize(tokens, 2, 1.0, generator=torch.Generator().manual_seed(0)) - whole).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_sampling_session_compiles_four_graphs_whatever_its_k_are():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=256))
+    names = list(tokenizer.state_dict())
+    tokens = torch.randint(64_000, (2, 256))
+    def session():
+        return [tokenizer.detokenize(list(tokens[:, :k]), 2, 7.5, generator=torch.Generator().manual_seed(k)) for k in (1, 2, 3, 5, 16, 100, 256)]
+    want = session()
+    tokenizer.compile_blocks(backend=counter)
+    for got, plain in zip(session(), want):
+        assert (got - plain).abs().max() < 1e-4
+    assert 1 <= counter.frame_count <= 4
+    assert list(tokenizer.state_dict()) == names
+    torch._dynamo.reset()
 
 
 def test_bfloat16_counts_dropped_registers_up_to_1_6_percent_wrong():
@@ -1325,6 +1383,36 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path, tiny_vae):
     for i, state in one["optimizer"]["state"].items():
         want, got = state["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]
         assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9, i
+
+
+def test_checkpointed_blocks_give_the_same_training_and_resume_either_way(tmp_path, tiny_vae):
+    states = []
+    for name, checkpointed in (("plain", False), ("checkpointed", True)):
+        train(tmp_path / name, tiny_vae, steps=4, stop_at=2, checkpoint_blocks=checkpointed)
+        train(tmp_path / name, tiny_vae, steps=4, resume=True, checkpoint_blocks=not checkpointed)
+        states.append(torch.load(tmp_path / name / "resume.pt", weights_only=True)["model"])
+    assert states[0].keys() == states[1].keys()
+    for name, x in states[0].items():
+        assert (x - states[1][name]).abs().max() < 1e-6, name
+
+
+def test_an_optimizer_split_over_two_processes_trains_the_same_and_its_checkpoint_is_the_whole(tmp_path, tiny_vae):
+    """Two steps whole against one step split, saved, resumed split; and the resume file is that of an unsplit run."""
+    arguments = ["--vae", tiny_vae, "--steps", "2"]
+    for name, value in TINY.items():
+        if name != "steps":
+            arguments += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"{HERE}/train_tokenizer.py"]
+    for name, more in (("whole", []), ("split", ["--shard_optimizer", "--stop_at", "1"]), ("split", ["--shard_optimizer", "--resume"])):
+        done = subprocess.run([*launcher, *arguments, *more, "--out", str(tmp_path / name)], cwd=tmp_path,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, split = (torch.load(tmp_path / name / "resume.pt", weights_only=True) for name in ("whole", "split"))
+    for name, x in whole["model"].items():
+        assert (x - split["model"][name]).abs().max() < 1e-6, name
+    assert whole["optimizer"]["state"].keys() == split["optimizer"]["state"].keys()
+    for i, state in whole["optimizer"]["state"].items():
+        assert (state["exp_avg"] - split["optimizer"]["state"][i]["exp_avg"]).abs().max() < 1e-6, i
 
 
 def test_one_batch_can_be_learned_by_heart():
@@ -2602,6 +2690,45 @@ def test_a_model_of_2_5_billion_parameters_is_written_and_read_in_the_memory_of_
         peak = int(done.stdout.split("peak ")[1])
         print(f"\n{'create and save' if make else 'load'}: {done.stdout.strip()}; file {size:,}; peak / file {peak / size:.3f}")
         assert peak < 1.15 * size
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bench: catches a plain side that computes something else, which would make every ratio meaningless, and wrong counts of FLOP.
+
+
+def test_every_row_of_the_bench_compares_equal_computations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.SIZES, "toy", (64, 1))
+    # the sizes of the loss are fixed, and too large for here
+    config = bench.BenchConfig(part=("tokenize", "detokenize", "train", "vae", "generate"), **{
+        **bench.PRESETS["tiny"], "size": "toy", "length": 4, "image_size": 32}, repeats=1, device="cpu", peak_memory=False, json=str(tmp_path / "a.json"))
+    results = bench.main(config)
+    assert len(results["rows"]) == 4 + 3 + 1 + 2 + 2 and json.load(open(tmp_path / "a.json"))["rows"] == results["rows"]
+    for row in results["rows"]:
+        assert row["difference"] < 1e-4, row
+        assert 0 < row["gflop"] <= row["plain_gflop"] * 1.02, row  # 1.02: groups of small k in training
+    assert "train" in capsys.readouterr().out
+
+
+def test_what_autograd_keeps_of_an_image_grows_with_depth_and_tokens():
+    a, b, c = (bench.image_bytes(bench.Encoder, 64, depth, k) for depth, k in ((1, 16), (3, 16), (3, 64)))
+    assert b > 2 * a and 0.9 * 320 / 272 < c / b < 1.1 * 320 / 272
+    assert bench.image_bytes(bench.Decoder, 64, 3, 16) > b
+
+
+def test_flop_are_counted_by_their_formulas():
+    x, q = torch.randn(2, 5, 8), torch.randn(1, 2, 7, 4)
+    with bench.CountFlops() as counter:
+        torch.nn.Linear(8, 3)(x)
+        F.scaled_dot_product_attention(q[:, :, :3], q, q)
+        torch.nn.Conv2d(8, 4, 3, padding=1)(torch.randn(1, 8, 6, 6))
+        x @ torch.randn(8, 9)
+    assert counter.total == 2 * 2 * 5 * 8 * 3 + 2 * 2 * 2 * 3 * 7 * 4 + 2 * 4 * 8 * 9 * 36 + 2 * 2 * 5 * 8 * 9
+
+
+def test_the_peak_memory_of_a_side_is_that_of_a_process_of_its_own():
+    config = bench.BenchConfig(**{**bench.PRESETS["tiny"], "enc_depth": 1, "dec_depth": 1, "vae_width": 8}, device="cpu")
+    row = next(bench.train_rows(config, torch.device("cpu")))
+    assert 10**8 < bench.peak_bytes("ours", row, config, torch.device("cpu"), "train") < 4 * 10**9
 
 
 # ---------------------------------------------------------------------------------------------------------------
