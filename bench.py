@@ -439,10 +439,8 @@ def bench(parts, config, device):
 
 
 def image_bytes(trunk, width, depth, k):
-    """Bytes that autograd keeps of one more image of 256 px with k tokens in a trunk (model.Encoder or Decoder), under bf16.
-
-    Counted on trunks of one block and of two: all blocks but the last keep the same.
-    """
+    """Bytes that autograd keeps of one more image of 256 px with k tokens, under bf16: of a whole trunk, model.Encoder or Decoder,
+    and of one of its blocks. Counted on trunks of one block and of two: all blocks but the last keep the same."""
     def kept(blocks, B):
         config = TokenizerConfig(enc_width=width, dec_width=width, enc_depth=blocks, dec_depth=blocks)
         part, latents, storages = trunk(config), torch.randn(B, 16, 32, 32), {}
@@ -454,7 +452,7 @@ def image_bytes(trunk, width, depth, k):
         assert result.grad_fn is not None  # alive until here, so that no two storages had one address
         return sum(storages.values())
     one, two = (kept(blocks, 2) - kept(blocks, 1) for blocks in (1, 2))  # the weights are in both
-    return one + (depth - 1) * (two - one)
+    return one + (depth - 1) * (two - one), two - one
 
 
 def memory_rows():
@@ -466,18 +464,19 @@ def memory_rows():
         k = round(sum(powers) / len(powers))  # 57, what pow2 keeps on average
         tokenizer = build(config, torch.device("meta"), config.vae_width)  # sizes without memory
         parameters, vae = (sum(p.numel() for p in tokenizer.parameters() if p.requires_grad == trained) for trained in (True, False))
-        activations = image_bytes(Encoder, 64 * config.enc_depth, config.enc_depth, k) + image_bytes(Decoder, 64 * config.dec_depth, config.dec_depth, k)
-        # what checkpointing keeps: the input of every block, float32 like the stream it is read from
-        checkpointed = sum(depth * 64 * depth * n * 4 for depth, n in ((config.enc_depth, 256 + k), (config.dec_depth, 256 + k + 1)))
+        trunks = ((Encoder, config.enc_depth, 256 + k), (Decoder, config.dec_depth, 256 + k + 1))
+        of_trunks, of_blocks = zip(*(image_bytes(trunk, 64 * depth, depth, k) for trunk, depth, _ in trunks))
+        # what checkpointing keeps: what enters every block, in float32, and of one block at a time all
+        checkpointed = sum(depth * 64 * depth * n * 4 for _, depth, n in trunks) + max(of_blocks)
         # float32 weights, gradients and EMA; bfloat16 copies under autocast; the frozen VAE twice, for the EMA holds one too
         fixed = parameters * (4 + 4 + 4 + 2) + 2 * 4 * vae
-        yield name, parameters, fixed, 8 * parameters, activations, checkpointed
+        yield name, parameters, fixed, 8 * parameters, sum(of_trunks), checkpointed
 
 
 def bench_memory():
     """The table of `memory_rows`, in GB, and how many images fit."""
     print("Computed, not measured: bf16 autocast, float32 weights, AdamW and EMA, 256 px, K = 256, 57 tokens kept (the mean of pow2).\n"
-          "An image is what autograd keeps of it, in all blocks; --checkpoint_blocks keeps each block's input alone.\n"
+          "An image is what autograd keeps of it, in all blocks; with --checkpoint_blocks, the input of each block and all of one.\n"
           "The workspace of the libraries, DDP's buckets (4 bytes a parameter) and the VAE's own pass are not in it.\n")
     print(f"{'':8} {'parameters':>14} {'fixed':>7} {'AdamW':>7} {'split by 8':>10} {'image':>8} {'checkpointed':>12}   "
           f"images in 24 GB: as is, checkpointed, and split by 8;  in 80 GB")

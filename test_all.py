@@ -352,6 +352,21 @@ def test_bfloat16_counts_dropped_registers_up_to_1_6_percent_wrong():
     assert 0.01 < (m.log().bfloat16().double().exp() / m - 1).abs().max() < 0.0165
 
 
+def test_bfloat16_weights_sample_what_float32_weights_do_under_autocast(tmp_path):
+    """Half the memory, and no weight is cast in any step. Their rounding is the one that autocast makes, but for vectors that
+    autocast leaves alone, such as register positions."""
+    a_tokenizer().save_pretrained(str(tmp_path))
+    tokens = list(torch.randint(64_000, (2, 5)))
+    images, sizes = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        tokenizer = FlexTok.from_pretrained(str(tmp_path), dtype=dtype)
+        sizes.append(sum(p.numel() * p.element_size() for p in tokenizer.parameters()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images.append(tokenizer.detokenize(tokens, 4, 3.0, generator=torch.Generator().manual_seed(0)).float())
+    assert sizes[1] * 2 == sizes[0]
+    assert (images[0] - images[1]).abs().max() < 0.05 * images[0].abs().max()
+
+
 @torch.no_grad()
 def test_one_t_for_all_samples_equals_a_t_for_each():
     decoder = a_tokenizer().decoder
@@ -1397,22 +1412,24 @@ def test_checkpointed_blocks_give_the_same_training_and_resume_either_way(tmp_pa
 
 
 def test_an_optimizer_split_over_two_processes_trains_the_same_and_its_checkpoint_is_the_whole(tmp_path, tiny_vae):
-    """Two steps whole against one step split, saved, resumed split; and the resume file is that of an unsplit run."""
+    """Two steps in one process against one step split over two, saved, resumed split; the file is that of an unsplit run."""
     arguments = ["--vae", tiny_vae, "--steps", "2"]
     for name, value in TINY.items():
         if name != "steps":
             arguments += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    train(tmp_path / "whole", tiny_vae, steps=2)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", f"{HERE}/train_tokenizer.py"]
-    for name, more in (("whole", []), ("split", ["--shard_optimizer", "--stop_at", "1"]), ("split", ["--shard_optimizer", "--resume"])):
-        done = subprocess.run([*launcher, *arguments, *more, "--out", str(tmp_path / name)], cwd=tmp_path,
+    for more in (["--stop_at", "1"], ["--resume"]):
+        done = subprocess.run([*launcher, *arguments, "--shard_optimizer", *more, "--out", str(tmp_path / "split")], cwd=tmp_path,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     whole, split = (torch.load(tmp_path / name / "resume.pt", weights_only=True) for name in ("whole", "split"))
     for name, x in whole["model"].items():
-        assert (x - split["model"][name]).abs().max() < 1e-6, name
+        assert (x - split["model"][name]).abs().max() < 1e-4, name
     assert whole["optimizer"]["state"].keys() == split["optimizer"]["state"].keys()
     for i, state in whole["optimizer"]["state"].items():
-        assert (state["exp_avg"] - split["optimizer"]["state"][i]["exp_avg"]).abs().max() < 1e-6, i
+        got = split["optimizer"]["state"][i]["exp_avg"]
+        assert (got - state["exp_avg"]).norm() <= 1e-3 * state["exp_avg"].norm() + 1e-7, i
 
 
 def test_one_batch_can_be_learned_by_heart():
@@ -2710,9 +2727,9 @@ def test_every_row_of_the_bench_compares_equal_computations(tmp_path, monkeypatc
 
 
 def test_what_autograd_keeps_of_an_image_grows_with_depth_and_tokens():
-    a, b, c = (bench.image_bytes(bench.Encoder, 64, depth, k) for depth, k in ((1, 16), (3, 16), (3, 64)))
+    a, b, c = (bench.image_bytes(bench.Encoder, 64, depth, k)[0] for depth, k in ((1, 16), (3, 16), (3, 64)))
     assert b > 2 * a and 0.9 * 320 / 272 < c / b < 1.1 * 320 / 272
-    assert bench.image_bytes(bench.Decoder, 64, 3, 16) > b
+    assert bench.image_bytes(bench.Decoder, 64, 3, 16)[0] > b
 
 
 def test_flop_are_counted_by_their_formulas():
