@@ -264,6 +264,9 @@ def generate_rows(config, device):
     width, depth = SIZES[config.size]
     gpt = GPT(GPTConfig(width=width, depth=depth, length=config.length)).to(device).eval()
     torch.nn.init.normal_(gpt.head.linear.weight, std=0.02)
+    with autocast(device, config.precision):
+        if torch.is_autocast_enabled(device.type):  # its cache has the type of its weights, so these must be what autocast makes
+            gpt = gpt.to(torch.get_autocast_dtype(device.type))
     weights = sum(p.numel() * p.element_size() for module in (gpt.trunk, gpt.head) for p in module.parameters())
     cache = 2 * depth * width * config.length * gpt.head.linear.weight.element_size()  # read whole, for every sequence and token
     for B in config.generate_batches:
@@ -477,7 +480,7 @@ def bench_memory():
     """The table of `memory_rows`, in GB, and how many images fit."""
     print("Computed, not measured: bf16 autocast, float32 weights, AdamW and EMA, 256 px, K = 256, 57 tokens kept (the mean of pow2).\n"
           "An image is what autograd keeps of it, in all blocks; with --checkpoint_blocks, the input of each block and all of one.\n"
-          "The workspace of the libraries, DDP's buckets (4 bytes a parameter) and the VAE's own pass are not in it.\n")
+          "The workspace of the libraries and the VAE's own pass are not in it.\n")
     print(f"{'':8} {'parameters':>14} {'fixed':>7} {'AdamW':>7} {'split by 8':>10} {'image':>8} {'checkpointed':>12}   "
           f"images in 24 GB: as is, checkpointed, and split by 8;  in 80 GB")
     table = []
@@ -537,8 +540,8 @@ def draw_curves(path, curves):
                 draw.text((left + (right - left) * x / last, bottom + 4), str(x), fill="black", anchor="mt")
             draw.text((left, top - 3), f"{unit}, at most {most * scale:,.0f}", fill="black", anchor="lb")
             draw.text(((left + right) / 2, bottom + 18), axis.replace("ks", "k").replace("_", " "), fill="black", anchor="mt")
-    draw.text((8, 2), "blue: ours", fill="blue")
-    draw.text((88, 2), "grey: plain", fill="grey")
+    draw.text((edge, 2 * height - 14), "blue: ours", fill="blue")
+    draw.text((edge + 80, 2 * height - 14), "grey: plain", fill="grey")
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 

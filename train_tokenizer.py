@@ -282,7 +282,7 @@ def main(config):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
     if run.world > 1:
         # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
-        model = DistributedDataParallel(raw, find_unused_parameters=True)
+        model = DistributedDataParallel(raw, find_unused_parameters=True, gradient_as_bucket_view=True)  # no second copy of gradients
     count = sum(p.numel() for p in raw.parameters() if p.requires_grad)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
