@@ -110,8 +110,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
 
     def forward(self, x, attend, read=slice(None)):
-        """x (B, n, D) -> (B, m, D), the tokens in `read`. The last block's is what the head reads: the others have done
-        their part once its attention has seen them, and need neither query nor MLP there."""
+        """x (B, n, D) -> (B, m, D), the tokens in `read`: of the last block only those that the head reads. The others have
+        done their part once its attention has seen them, and need neither query nor MLP there."""
         x = x[:, read] + self.attn(norm(x), attend, read)                         # (B, m, D)
         return x + self.mlp(norm(x))
 
@@ -498,7 +498,7 @@ class FlexTok(nn.Module):
         draw_on = generator.device if generator is not None else device
         noise = torch.cat([torch.randn(1, self.config.latent_channels, h, w, generator=generator, device=draw_on)
                            for _ in range(B)]).to(device)                         # (B, C, h, w)
-        # one register of no meaning more than the null condition needs: alone, it would have graphs of its own when compiled
+        # the null condition needs no token, but with one, which it ignores, it shares its graphs with small k when compiled
         nothing, everyone = codes[:, :1], torch.ones(B, dtype=torch.bool, device=device)
         modulations = lru_cache(1)(self.decoder.modulations)  # both passes of a step get the very same t
         latents = flow.euler(flow.guided(

@@ -11,6 +11,8 @@ Use trained models from the command line: rebuild images from few tokens, genera
 With no --checkpoint the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say of
 them. Takes seconds on a CPU.                                                     Next: train_tokenizer.py, to train your own
 """
+import difflib
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -47,7 +49,7 @@ class Generate:
     """Write new images with the prior: from a class, from a sentence, or one of each class."""
     out: str = "out/generate.png"    # the picture to write; with --stream a .webp or .gif
     label: str = ""                  # class to draw, its number or its name
-    text: str = ""                   # sentence to draw
+    text: tuple = ("",)              # sentences to draw, in turn
     n: int = 8                       # how many images
     k: int = 0                       # tokens to write; 0: all
     cfg_scale: float = 0.0           # guidance of the prior; 1.0: none; 0.0: what the prior recommends
@@ -116,14 +118,19 @@ def generate(config):
     if not out.endswith(endings):
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(endings)}")
     for name, value, least in (("n", config.n, 1), ("temperature", config.temperature, 0), ("top_k", config.top_k, 0)):
-        if value < least:
+        if not least <= value < math.inf:
             raise UserError(f"--{name} {value}: expected at least {least}")
+    if not math.isfinite(config.cfg_scale):
+        raise UserError(f"--cfg_scale {config.cfg_scale}: expected a number")
     if not 0 <= config.top_p <= 1:
         raise UserError(f"--top_p {config.top_p}: expected 0 to 1")
     tokenizer, gpt = load(config), GPT.from_pretrained(config.prior, device=pick_device(config.device))
     described = os.path.join(config.prior, "config.json")
     made_by = read_json(described) if os.path.isfile(described) else {}  # released priors do not say by whose tokens
-    if made_by.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint() or gpt.config.vocab_size != tokenizer.fsq.vocab_size:
+    if gpt.config.vocab_size != tokenizer.fsq.vocab_size or gpt.config.length > tokenizer.config.registers:
+        raise UserError(f"{config.prior}: writes {gpt.config.length} tokens out of {gpt.config.vocab_size}, but {config.checkpoint} has "
+                        f"{tokenizer.config.registers} out of {tokenizer.fsq.vocab_size}")
+    if made_by.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():
         raise UserError(f"{config.prior}: was trained on the tokens of another tokenizer than {config.checkpoint}")
     k = config.k or gpt.config.length
     if not 1 <= k <= gpt.config.length:
@@ -144,20 +151,21 @@ def generate(config):
 
 def conditions(config, gpt, classes):
     """--label and --text -> labels (n,) or None, n captions or None. With neither, the classes take turns, if there are any."""
-    if config.text and not gpt.config.text_width:
+    with_text = any(config.text)
+    if with_text and not gpt.config.text_width:
         raise UserError(f"--text: {config.prior} was not trained on captions")
-    if config.text and gpt.text_encoder is None:
-        raise UserError(f"--text: {config.prior} needs the states of a text encoder that it does not hold; use GPT.generate")
+    if gpt.config.text_width and gpt.text_encoder is None:
+        raise UserError(f"{config.prior}: needs the states of a text encoder that it does not hold; use GPT.generate")
     if config.label and not gpt.config.classes:
         raise UserError(f"--label {config.label}: {config.prior} was not trained on classes")
-    captions = [config.text] * config.n if config.text else None
-    device = pick_device(config.device)
+    captions = [config.text[i % len(config.text)] for i in range(config.n)] if with_text else None
+    device, classes_known = pick_device(config.device), gpt.config.classes
     if not config.label:
-        turns = torch.arange(config.n, device=device) % max(1, gpt.config.classes)  # (n,)
-        return turns if gpt.config.classes and not captions else None, captions
+        return None if captions or not classes_known else torch.arange(config.n, device=device) % classes_known, captions  # (n,)
     number = classes.index(config.label) if config.label in classes else int(config.label) if config.label.isdecimal() else -1
-    if not 0 <= number < gpt.config.classes:
-        raise UserError(f"--label {config.label}: expected 0 to {gpt.config.classes - 1}" + (f", or {', '.join(classes)}" if classes else ""))
+    if not 0 <= number < classes_known:
+        near = difflib.get_close_matches(config.label, classes, 5, 0) if classes else []
+        raise UserError(f"--label {config.label}: expected 0 to {classes_known - 1}" + (f", or a name such as {', '.join(near)}" if near else ""))
     return torch.full((config.n,), number, device=device), captions               # (n,)
 
 

@@ -2,7 +2,8 @@
 All tests, in reading order. Each section's header says which mistakes it exists to catch. CPU, no downloads.
 
     python -m pytest -q          # or: python test_all.py
-    python test_all.py judge out/cpu out/cpu-prior      # scores a trained prior, two minutes
+    python test_all.py judge out/cpu out/cpu-prior                          # scores a prior of shapes; two minutes
+    python test_all.py copies assets/emoji64 assets/emoji64/prior           # does it copy its training images?
 """
 import copy
 import dataclasses
@@ -1325,6 +1326,20 @@ def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, tiny_vae):
         assert losses[0][-2:] == losses[1][-2:]
 
 
+def test_a_run_can_go_on_from_a_trained_tokenizer_of_the_same_sizes(tmp_path, tiny_vae):
+    first, then = str(tmp_path / "first"), str(tmp_path / "then")
+    train(first, tiny_vae, steps=3)
+    train(then, tiny_vae, steps=1, init=first, lr=1e-9, seed=1)
+    for name, x in load_file(f"{first}/model.safetensors").items():
+        assert (load_file(f"{then}/model.safetensors")[name] - x).abs().max() < 1e-6, name
+    with pytest.raises(UserError, match="--init .*: its tokenizer has other sizes"):
+        train(tmp_path / "other", tiny_vae, init=first, registers=4)
+    torch.manual_seed(1)
+    VAE(VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)).save_pretrained(str(tmp_path / "vae"))
+    with pytest.raises(UserError, match="--init .*: was trained on another VAE"):
+        train(tmp_path / "other", str(tmp_path / "vae"), init=first)
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, tiny_vae):
     out = str(tmp_path / "run")
     train(out, tiny_vae, stop_at=1)
@@ -2021,14 +2036,21 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     generate("--stream", "--out", "d.gif")
     for name in ("out/generate.webp", "d.gif"):
         assert 2 <= Image.open(name).n_frames <= 4  # equal frames may be merged
-    for arguments, message in ((("--label", "dragon"), "--label dragon: expected 0 to 7, or circle"), (("--k", "5"), "--k 5: this prior writes 1 to 4"),
+    for arguments, message in ((("--label", "hart"), "--label hart: expected 0 to 7, or a name such as heart, star"), (("--k", "5"), "--k 5: this prior writes 1 to 4"),
                                (("--stream", "--out", "x.png"), "--out x.png"), (("--top_p", "2"), "--top_p 2"), (("--n", "0"), "--n 0"),
-                               (("--prior", "nowhere"), "nowhere"), (("--checkpoint", sample.SHIPPED), "another tokenizer")):
+                               (("--prior", "nowhere"), "nowhere"), (("--checkpoint", sample.SHIPPED), "writes 4 tokens out of 12, but"),
+                               (("--temperature", "nan"), "--temperature nan")):
         with pytest.raises(UserError, match=re.escape(message)):
             generate(*arguments)
     train_prior(tmp_path / "classes", tiny_tokenizer, tiny_tokens, steps=1, condition=("class",))
     with pytest.raises(UserError, match="not trained on captions"):
         generate("--prior", str(tmp_path / "classes"), "--text", "red")
+    other = FlexTok.from_pretrained(tiny_tokenizer)
+    torch.nn.init.normal_(other.encoder.head.weight)
+    other.save_pretrained(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="trained on the tokens of another tokenizer"):
+        generate("--checkpoint", str(tmp_path / "other"))
+    generate("--text", "red", "blue", "--out", "two.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2092,6 +2114,29 @@ def judge(tokenizer_directory, prior_directory, n=256, steps=1200):
         print(f"k = {k:3d}: rebuilt: kind {shown['rebuilt'][0]:.3f} colour {shown['rebuilt'][1]:.3f} both {shown['rebuilt'][2]:.3f}; "
               f"by class: kind {shown['by class'][0]:.3f}; by caption: kind {shown['by caption'][0]:.3f} "
               f"colour {shown['by caption'][1]:.3f} both {shown['by caption'][2]:.3f}", flush=True)
+
+
+@torch.no_grad()
+def copies(tokenizer_directory, prior_directory, n=100):
+    """Print how many generated emoji are near copies of training ones.
+
+    Near: no further from a training emoji, in the VAE's latents, than the tokenizer's rebuilding (all tokens) of a training
+    emoji typically is from its original. For comparison, the same for rebuilt held-out emoji.
+    """
+    tokenizer, gpt = FlexTok.from_pretrained(tokenizer_directory), GPT.from_pretrained(prior_directory)
+    scale = common.recommended_guidance(tokenizer_directory)
+    def latents_of(images):
+        return torch.cat([tokenizer.vae.latents(part.clamp(-1, 1)) for part in images.split(64)]).flatten(1)
+    def drawn(tokens):
+        return latents_of(tokenizer.detokenize(list(tokens), 25, scale, generator=torch.Generator().manual_seed(0)))
+    training, held_out = (spread(Emoji(max(tokenizer.image_size), split, augment=False), 10_000) for split in ("train", "held_out"))
+    known, some = latents_of(training), torch.arange(n) * len(training) // n      # (1720, C·h·w)
+    near = (drawn(tokenizer.tokenize(training[some])) - known[some]).norm(dim=1).median()
+    generated = gpt.generate(labels=torch.arange(n) % gpt.config.classes, cfg_scale=gpt.config.cfg_scale, generator=torch.Generator().manual_seed(0))
+    for name, tokens in (("generated", list(generated.split(1))), ("rebuilt held-out", tokenizer.tokenize(held_out[:n]))):
+        nearest = torch.cdist(drawn(tokens), known).min(1).values                 # (n,)
+        print(f"{name}: {(nearest <= near).sum()} of {n} are near copies; nearest {nearest.min() / near:.2f} to {nearest.max() / near:.2f}, "
+              f"median {nearest.median() / near:.2f} times the distance of a rebuilt training emoji")
 
 
 def test_the_judge_counts_what_is_right():
@@ -2912,6 +2957,6 @@ def test_the_readme_s_file_table_and_commands_are_current():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["judge"]:
-        sys.exit(judge(*sys.argv[2:4]))
+    if len(sys.argv) == 4 and sys.argv[1] in ("judge", "copies"):
+        sys.exit({"judge": judge, "copies": copies}[sys.argv[1]](*sys.argv[2:]))
     sys.exit(pytest.main(["-q", __file__]))
