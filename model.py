@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +75,16 @@ class Attention(nn.Module):
         self.wv = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x, attend):
-        """x (B, n, D) -> (B, n, D). `attend(q, k, v, scale)` maps three (B, nh, n, hd) to one: who sees whom is its choice."""
-        B, n, D = x.shape
-        q, k, v = (w(x).view(B, n, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))  # (B, nh, n, hd)
+    def forward(self, x, attend, read=slice(None)):
+        """x (B, n, D) -> (B, m, D), the m tokens that the slice `read` selects; all n may be looked at.
+
+        `attend(q, k, v, scale)`: q (B, nh, m, hd), k and v (B, nh, n, hd) -> like q; who sees whom is its choice.
+        """
+        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # noqa: E731, (B, n, D) -> (B, nh, n, hd)
+        q, k, v = heads(self.wq(x[:, read])), heads(self.wk(x)), heads(self.wv(x))  # (B, nh, m or n, hd)
         # 8/hd is muP's 1/hd rule, made to equal the usual 1/√hd at head size 64        (official: attention.py)
-        x = attend(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=8 / self.head_dim)
-        return self.proj(x.transpose(1, 2).reshape(B, n, D))                      # (B, n, D)
+        x = attend(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=8 / self.head_dim)  # (B, nh, m, hd)
+        return self.proj(x.transpose(1, 2).flatten(2))                            # (B, m, D)
 
 
 class SwiGLU(nn.Module):
@@ -105,8 +109,10 @@ class Block(nn.Module):
         self.attn = Attention(width, head_dim)
         self.mlp = SwiGLU(width)
 
-    def forward(self, x, attend):
-        x = x + self.attn(norm(x), attend)
+    def forward(self, x, attend, read=slice(None)):
+        """x (B, n, D) -> (B, m, D), the tokens in `read`: of the last block only those that the head reads. The others have
+        done their part once its attention has seen them, and need neither query nor MLP there."""
+        x = x[:, read] + self.attn(norm(x), attend, read)                         # (B, m, D)
         return x + self.mlp(norm(x))
 
 
@@ -122,14 +128,15 @@ class AdaLNBlock(nn.Module):
         self.mlp = SwiGLU(width)
         self.adaln = nn.Linear(width, 12 * width)
 
-    def forward(self, x, t_embedding, N, attend):
-        """x (B, N + registers, D), t_embedding (B or 1, D) -> like x."""
-        # SAVING 3. When all samples share t, t_embedding has one row: this layer, as large as all others of the
-        # block together, then runs once per step and not once per image (and never once per token).
-        m = self.adaln(F.silu(t_embedding)).unflatten(-1, (2, 6, -1))             # (B or 1, 2 streams, 6, D)
+    def modulation(self, t_embedding):
+        """t_embedding (B or 1, D) -> (B or 1, 2 streams, 6, D)."""
+        return self.adaln(F.silu(t_embedding)).unflatten(-1, (2, 6, -1))
+
+    def forward(self, x, modulation, N, attend, read=slice(None)):
+        """x (B, N + registers, D), modulation (B or 1, 2, 6, D) -> (B, m, D), the tokens in `read`, as in `Block`."""
         # official order, not DiT's: both gates first
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = m.unbind(2)  # each (B or 1, 2, D)
-        x = x + per_stream(self.attn(modulate(norm(x), shift_attn, scale_attn, N), attend), gate_attn, N)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)  # each (B or 1, 2, D)
+        x = x[:, read] + per_stream(self.attn(modulate(norm(x), shift_attn, scale_attn, N), attend, read), gate_attn, N)  # (B, m, D)
         return x + per_stream(self.mlp(modulate(norm(x), shift_mlp, scale_mlp, N)), gate_mlp, N)
 
 
@@ -204,8 +211,8 @@ def token_parameter(*shape, std=0.02):
 # Encoder
 
 
-def prefix_causal_attention(N):
-    """Patches see all patches; register j sees all patches and registers 0..j. Returns an `attend` for `Attention`.
+def prefix_causal_attention(N, k):
+    """N patches see all patches; register j of k sees all patches and registers 0..j. Returns an `attend` for `Attention`.
 
     SAVING 2. Written as one attention with a mask, this is a dense (N+K)² mask, which leaves the fast kernels. But the
     mask has only two kinds of rows: patch rows see exactly the patches, so they are attention without any mask; register
@@ -214,10 +221,12 @@ def prefix_causal_attention(N):
     it, leaving out the registers from k on does not change the first k: k tokens cost N + k.
     """
     # FORK: another attention mask
-    def attend(q, k, v, scale):
-        patches = F.scaled_dot_product_attention(q[:, :, :N], k[:, :, :N], v[:, :, :N], scale=scale)       # (B, nh, N, hd)
-        mask = causal_lower_right(q.shape[2] - N, k.shape[2])
-        registers = F.scaled_dot_product_attention(q[:, :, N:], k, v, attn_mask=mask, scale=scale)         # (B, nh, k, hd)
+    mask = causal_lower_right(k, N + k)
+    def attend(q, keys, v, scale):
+        registers = F.scaled_dot_product_attention(q[:, :, -k:], keys, v, attn_mask=mask, scale=scale)     # (B, nh, k, hd)
+        if q.shape[2] == k:  # in the last block only registers ask
+            return registers
+        patches = F.scaled_dot_product_attention(q[:, :, :N], keys[:, :, :N], v[:, :, :N], scale=scale)    # (B, nh, N, hd)
         return torch.cat([patches, registers], 2)                                 # (B, nh, N + k, hd)
     return attend
 
@@ -243,10 +252,11 @@ class Encoder(nn.Module):
         patches = self.patch_embed(latents)                                       # (B, N, D)
         B, N, _ = patches.shape
         x = torch.cat([patches, self.registers[:k].expand(B, -1, -1)], 1)         # (B, N + k, D)
-        attend = prefix_causal_attention(N)
-        for block in self.blocks:
-            x = block(x, attend)
-        return self.head(norm(x[:, N:]))                                          # (B, k, L)
+        attend = prefix_causal_attention(N, k)
+        for block in self.blocks[:-1]:
+            x = block(x, attend)                                                  # (B, N + k, D)
+        x = self.blocks[-1](x, attend, slice(N, None))                            # (B, k, D)
+        return self.head(norm(x))                                                 # (B, k, L)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,17 +341,32 @@ class Decoder(nn.Module):
         The K - k registers after `codes` count as dropped. k_keep (B,), at most k: sample i keeps only its first
         k_keep[i]. null (B,) bool: sample i has no condition at all, its codes are ignored.
         """
+        return self.velocity(x_t, self.modulations(t), codes, k_keep, null)
+
+    def modulations(self, t):
+        """All that t decides: t (B,) or (1,) -> for each block (B or 1, 2, 6, D), and last for the head (B or 1, 2, 1, D).
+
+        SAVING 3. When all samples share t, there is one row: these layers, as large as all others of the blocks together,
+        then run once per step, for all images and for both passes of guidance (and never once per token).
+        """
+        t_embedding = self.time_embed(t)                                          # (B or 1, D)
+        head = self.head_adaln(F.silu(t_embedding)).unflatten(-1, (2, 1, -1))     # (B or 1, 2, 1, D)
+        return [*(block.modulation(t_embedding) for block in self.blocks), head]
+
+    def velocity(self, x_t, modulations, codes, k_keep=None, null=None):
+        """`forward`, with what `modulations` returned in place of t."""
         B, C, h, w = x_t.shape
         patches = self.patch_embed(x_t)                                           # (B, N, D)
         registers, heavy = self.registers_of(codes, k_keep, null)                 # (B, k or k + 1, D)
         x = torch.cat([patches, registers], 1)                                    # (B, n, D)
         N = patches.shape[1]
         attend = full_attention(x.shape[1], heavy, x.device)
-        t_embedding = self.time_embed(t)                                          # (B or 1, D)
-        for block in self.blocks:
-            x = block(x, t_embedding, N, attend)
-        shift, scale = self.head_adaln(F.silu(t_embedding)).unsqueeze(1).chunk(2, -1)  # each (B or 1, 1, D)
-        return unpatchify(self.head(norm(x[:, :N]) * (1 + scale) + shift), self.p, h, w)  # (B, C, h, w)
+        *of_blocks, of_head = modulations
+        for block, modulation in zip(self.blocks[:-1], of_blocks):
+            x = block(x, modulation, N, attend)                                   # (B, n, D)
+        x = self.blocks[-1](x, of_blocks[-1], N, attend, slice(0, N))             # (B, N, D)
+        shift, scale = of_head.unbind(1)                                          # each (B or 1, 1, D)
+        return unpatchify(self.head(norm(x) * (1 + scale) + shift), self.p, h, w)  # (B, C, h, w)
 
     def registers_of(self, codes, k_keep, null):
         """The registers' input, and for how many equal ones the last of them stands: (B, k or k + 1, D), int."""
@@ -383,6 +408,9 @@ def full_attention(n, heavy, device):
 # FlexTok
 
 
+VAE_SLICE = 8  # images that the VAE is given at once
+
+
 class FlexTok(nn.Module):
     """The whole tokenizer: VAE (frozen), encoder, FSQ, decoder.
 
@@ -411,22 +439,34 @@ class FlexTok(nn.Module):
         return tuple(side * self.config.patch_size * self.vae.downsampling for side in self.config.grid)
 
     def forward(self, latents, x_t, t, k_keep, null):
-        """One training pass: latents, x_t (B, C, h, w), t (B,) -> velocity (B, C, h, w), tokens (B, K).
+        """One training pass: latents, x_t (B, C, h, w), t (B,) -> velocity (B, C, h, w).
 
         k_keep (B,) int64 and null (B,) bool live on the CPU (grouping must not wait for the GPU). Samples that keep about
-        as many tokens are decoded together, so that a sample with 2 tokens costs N + 3 and not N + K.
+        as many tokens go through encoder and decoder together, so that one with few tokens costs little more than 2·N, not
+        2·(N + K): neither the first k registers nor the decoder look at those from k on, so these have no gradient either.
         """
-        codes, tokens = self.fsq(self.encoder(latents))                           # (B, K, L), (B, K)
-        # each k goes into the group of the next power of two, the null condition into group 0: few, large groups
-        group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(max=self.config.registers))  # (B,)
+        # Each k goes into the group of the next power of two. Those up to K/16 share one: few, large groups, and a
+        # sixteenth of K more tokens. The null condition is group 0, which needs no encoder.
+        K = self.config.registers
+        group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(max(1, K // 16), K))  # (B,)
         order, velocities = [], []
         for k in group.unique().tolist():
             members = (group == k).nonzero().squeeze(1)                           # (b,)
             order.append(members)
             i = members.to(latents.device, non_blocking=True)
-            velocities.append(self.decoder(x_t[i], t[i], codes[i, :k], k_keep[members], null[members]))
-        back = torch.cat(order).argsort().to(latents.device, non_blocking=True)                      # (B,)
-        return torch.cat(velocities)[back], tokens                                # (B, C, h, w), (B, K)
+            codes = self.fsq(self.encoder(latents[i], k))[0] if k else latents.new_zeros(len(i), 0, len(self.config.levels))  # (b, k, L)
+            velocities.append(self.decoder(x_t[i], t[i], codes, k_keep[members], null[members]))
+        back = torch.cat(order).argsort().to(latents.device, non_blocking=True)   # (B,)
+        return torch.cat(velocities)[back]                                        # (B, C, h, w)
+
+    def compile_blocks(self, **options):
+        """torch.compile the decoder's blocks; options go to torch.compile. Changes no name in the state dict.
+
+        The blocks share their graphs, and the number of tokens is dynamic in them: a sampling session makes four of them,
+        whatever its k are. Middle and last block, each with dropped registers and without. Batches of one make their own.
+        """
+        for block in self.decoder.blocks:
+            block.compile(dynamic=True, **options)
 
     @torch.no_grad()
     def tokenize(self, images, k=None, sample_posterior=False):
@@ -436,7 +476,8 @@ class FlexTok(nn.Module):
         official code does. Asking for k tokens costs less and gives the first k of all of them.
         """
         images = images.to(self.decoder.mask_token.device)
-        _, tokens = self.fsq(self.encoder(self.vae.latents(images, sample_posterior), k))
+        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in images.split(VAE_SLICE)])  # (B, C, h, w)
+        _, tokens = self.fsq(self.encoder(latents, k))
         return list(tokens.split(1))                                              # B x (1, k)
 
     @torch.no_grad()
@@ -457,13 +498,16 @@ class FlexTok(nn.Module):
         draw_on = generator.device if generator is not None else device
         noise = torch.cat([torch.randn(1, self.config.latent_channels, h, w, generator=generator, device=draw_on)
                            for _ in range(B)]).to(device)                         # (B, C, h, w)
-        nothing, everyone = codes[:, :0], torch.ones(B, dtype=torch.bool, device=device)
+        # the null condition needs no token, but with one, which it ignores, it shares its graphs with small k when compiled
+        nothing, everyone = codes[:, :1], torch.ones(B, dtype=torch.bool, device=device)
+        modulations = lru_cache(1)(self.decoder.modulations)  # both passes of a step get the very same t
         latents = flow.euler(flow.guided(
-            v_cond=lambda x, t: self.decoder(x, t, codes, k_keep).float(),
-            v_uncond=lambda x, t: self.decoder(x, t, nothing, null=everyone).float(),
+            v_cond=lambda x, t: self.decoder.velocity(x, modulations(t), codes, k_keep).float(),
+            v_uncond=lambda x, t: self.decoder.velocity(x, modulations(t), nothing, null=everyone).float(),
             cfg_scale=guidance_scale,
             combine=flow.APG() if perform_norm_guidance else flow.cfg), noise, timesteps)
-        return self.vae.decode(latents)                                           # (B, 3, H, W)
+        # a few at a time: the VAE's finest level holds 512 times what its latents do
+        return torch.cat([self.vae.decode(part) for part in latents.split(VAE_SLICE)])  # (B, 3, H, W)
 
     def codes_of(self, tokens):
         """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded; k_keep (B,), or None if equal."""
@@ -559,7 +603,7 @@ if __name__ == "__main__":
     names = ["p"] * N + [f"r{j}" for j in range(K)]
     print("     " + " ".join(f"{name:>2}" for name in names))
     one_hot = torch.eye(N + K).view(1, 1, N + K, N + K)                           # values that tell whom they come from
-    seen = prefix_causal_attention(N)(torch.zeros_like(one_hot), torch.zeros_like(one_hot), one_hot, scale=1.0)[0, 0]
+    seen = prefix_causal_attention(N, K)(torch.zeros_like(one_hot), torch.zeros_like(one_hot), one_hot, scale=1.0)[0, 0]
     for name, row in zip(names, seen):
         print(f"  {name:>2} " + " ".join(" x" if weight > 0 else " ." for weight in row))
     with torch.device("meta"):  # shapes without memory

@@ -18,11 +18,13 @@ import hashlib
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
@@ -83,6 +85,8 @@ class TrainConfig:
     seed: int = 0                    # of the weights, the data order and the noise
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"          # auto, bf16 or fp32
+    checkpoint_blocks: bool = False  # keep only what enters each block, and compute the rest again in the backward pass
+    shard_optimizer: bool = False    # split AdamW's state over the processes (ZeRO stage 1)
     log_every: int = 100             # steps
     eval_every: int = 5000           # steps; also saves
     eval_images: int = 64            # held-out images that are reconstructed
@@ -123,7 +127,7 @@ PRESETS = {
     "d18-d28": dict(PAPER, enc_depth=18, dec_depth=28, out="out/d18-d28"),
 }
 RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "eval_timesteps", "eval_guidance",
-              "resume", "stop_at", "micro_batch")  # may differ when a run is resumed
+              "resume", "stop_at", "micro_batch", "checkpoint_blocks", "shard_optimizer")  # may differ when a run is resumed
 
 
 def build_tokenizer(config, vae):
@@ -290,17 +294,25 @@ def main(config):
         go_on_from(config.init, raw)
     ema = make_ema(raw, config.ema_decay)
     model = raw
+    if config.checkpoint_blocks:
+        for block in [*raw.encoder.blocks, *raw.decoder.blocks]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
     if run.world > 1:
         # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
-        model = DistributedDataParallel(raw, find_unused_parameters=True)
+        model = DistributedDataParallel(raw, find_unused_parameters=True, gradient_as_bucket_view=True)  # no second copy of gradients
     count = sum(p.numel() for p in raw.parameters() if p.requires_grad)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
-         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
+    settings = dict(lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    sharded = config.shard_optimizer and run.world > 1
+    if sharded:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # late: not in every build of torch
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
 
     # ---- resume -----------------------------------------------------------------------------------------------
     start = 0
@@ -347,7 +359,7 @@ def main(config):
             model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
             x_t = flow.interpolate(latents[part], noise[part], t[part])           # (micro, C, h, w)
             with autocast(run.device, config.precision), attention_kernel(run.device):
-                v, _ = model(latents[part], x_t, t[part], k_keep[part], null[part])
+                v = model(latents[part], x_t, t[part], k_keep[part], null[part])
             # FORK: another objective
             loss = flow.loss_per_sample(v, flow.velocity_target(latents[part], noise[part]))  # (micro,)
             (loss.mean() * micro / b).backward()
@@ -375,6 +387,8 @@ def main(config):
                 grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
             seconds, logged = time.time(), done
             sums.zero_(), counts.zero_()
+        if sharded and (evaluating or stopping):
+            optimizer.consolidate_state_dict(to=0)  # all processes send the main one, which saves, their part
         if evaluating and run.is_main:
             ema.module.eval()
             metrics = evaluate(ema.module, eval_images, config, os.path.join(config.out, f"step{done:07d}.png"))
