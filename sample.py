@@ -53,7 +53,7 @@ class Generate:
     n: int = 8                       # how many images
     k: int = 0                       # tokens to write; 0: all
     cfg_scale: float = 0.0           # guidance of the prior; 1.0: none; 0.0: what the prior recommends
-    temperature: float = 1.0         # below 1.0: more typical, less varied; 0.0: always the likeliest token
+    temperature: float = -1.0        # below 1.0: more typical, less varied; 0.0: the likeliest token; -1.0: what the prior recommends
     top_k: int = 0                   # choose among this many likeliest tokens; 0: all
     top_p: float = 0.0               # choose among the likeliest that together reach this probability; 0.0: all
     timesteps: int = 25              # steps of the flow sampler
@@ -117,8 +117,8 @@ def generate(config):
     endings = (".webp", ".gif") if config.stream else (".png",)
     if not out.endswith(endings):
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(endings)}")
-    for name, value, least in (("n", config.n, 1), ("temperature", config.temperature, 0), ("top_k", config.top_k, 0)):
-        if not least <= value < math.inf:
+    for name, value, least in (("n", config.n, 1), ("temperature", config.temperature, -1), ("top_k", config.top_k, 0)):
+        if not least <= value < math.inf or -1 < value < 0:
             raise UserError(f"--{name} {value}: expected at least {least}")
     if not math.isfinite(config.cfg_scale):
         raise UserError(f"--cfg_scale {config.cfg_scale}: expected a number")
@@ -135,9 +135,10 @@ def generate(config):
     k = config.k or gpt.config.length
     if not 1 <= k <= gpt.config.length:
         raise UserError(f"--k {k}: this prior writes 1 to {gpt.config.length} tokens")
+    temperature = made_by.get("sampling", {}).get("temperature", 1.0) if config.temperature == -1 else config.temperature
     labels, captions = conditions(config, gpt, made_by.get("classes", []))
     text, mask = gpt.encode_text(captions) if captions else (None, None)
-    writing = gpt.generate(labels, text, mask, k=k, cfg_scale=config.cfg_scale or gpt.config.cfg_scale, temperature=config.temperature,
+    writing = gpt.generate(labels, text, mask, k=k, cfg_scale=config.cfg_scale or gpt.config.cfg_scale, temperature=temperature,
                            top_k=config.top_k, top_p=config.top_p, generator=torch.Generator().manual_seed(config.seed), n=config.n,
                            stream=True)
     if config.stream:

@@ -2134,7 +2134,9 @@ def copies(tokenizer_directory, prior_directory, n=100):
     training, held_out = (spread(Emoji(max(tokenizer.image_size), split, augment=False), 10_000) for split in ("train", "held_out"))
     known, some = latents_of(training), torch.arange(n) * len(training) // n      # (1720, C·h·w)
     near = (drawn(tokenizer.tokenize(training[some])) - known[some]).norm(dim=1).median()
-    generated = gpt.generate(labels=torch.arange(n) % gpt.config.classes, cfg_scale=gpt.config.cfg_scale, generator=torch.Generator().manual_seed(0))
+    temperature = common.read_json(os.path.join(prior_directory, "config.json")).get("sampling", {}).get("temperature", 1.0)
+    generated = gpt.generate(labels=torch.arange(n) % gpt.config.classes, cfg_scale=gpt.config.cfg_scale, temperature=temperature,
+                             generator=torch.Generator().manual_seed(0))
     for name, tokens in (("generated", list(generated.split(1))), ("rebuilt held-out", tokenizer.tokenize(held_out[:n]))):
         nearest = torch.cdist(drawn(tokens), known).min(1).values                 # (n,)
         print(f"{name}: {(nearest <= near).sum()} of {n} are near copies; nearest {nearest.min() / near:.2f} to {nearest.max() / near:.2f}, "
@@ -2941,8 +2943,28 @@ def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
     rebuilt = [psnr(tokenizer.detokenize([row[:, :k] for row in tokens], 10, 1.0, generator=torch.Generator().manual_seed(0)), images).mean()
                for k in (1, 4, K)]
     assert rebuilt[0] + 0.5 < rebuilt[1] and rebuilt[1] + 0.5 < rebuilt[2]
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(sample.SHIPPED) for name in names]
-    assert sum(map(os.path.getsize, files)) < 20 * 2**20
+    assert os.path.getsize(f"{sample.SHIPPED}/model.safetensors") < 20 * 2**20
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(f"{HERE}/assets") for name in names]
+    assert sum(map(os.path.getsize, files)) < 32 * 10**6
+
+
+def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monkeypatch, capsys):
+    tokenizer, gpt = FlexTok.from_pretrained(sample.SHIPPED), GPT.from_pretrained(sample.Generate.prior)
+    made_by = json.load(open(f"{sample.Generate.prior}/config.json"))
+    assert made_by["tokenizer"] == tokenizer.fingerprint() and made_by["classes"] == Emoji(64).classes
+    assert gpt.config.length == tokenizer.config.registers and gpt.config.vocab_size == tokenizer.fsq.vocab_size
+    # a training image's tokens are likelier under its own class and caption than under no condition at all
+    emoji = Emoji(64, "train", augment=False)
+    some = range(0, len(emoji), 60)
+    tokens = torch.cat(tokenizer.tokenize(to_float(torch.stack([emoji.get(i, None) for i in some]))))
+    text, mask = gpt.encode_text([emoji.caption(i) for i in some])
+    with torch.no_grad():
+        asked, unasked = (gpt.loss(tokens, *condition)[0].item() for condition in
+                          ((torch.tensor([emoji.label(i) for i in some]), text, mask), (None, None, None)))
+    assert asked + 0.3 < unasked < math.log(64_000)
+    monkeypatch.chdir(tmp_path)
+    sample.main(["generate", "--text", "red heart", "--n", "2", "--timesteps", "2"])
+    assert Image.open("out/generate.png").size[0] > 100
 
 
 def test_the_readme_s_file_table_and_commands_are_current():
