@@ -103,13 +103,13 @@ PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batc
 # What makes a run of minutes use its tokens at all: the README's FAQ has the reasons and what was measured
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5)
 PRESETS = {
-    # Two CPU cores: 15 minutes from nothing, stage 0 included (measured on one thread of a cloud CPU with AVX512-BF16). Held-out
-    # PSNR from 14.8 dB at k = 1 to 21.1 dB at k = 16
+    # One thread of a cloud CPU with AVX512-BF16: 16 minutes of CPU time from nothing, stage 0 included. Held-out PSNR from
+    # 14.9 dB at k = 1 to 21.5 dB at k = 16
     "cpu": dict(SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
                 enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
                 autoencoder_share=0.4, nested_dropout="uniform_pow2",
                 steps=1800, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.995, eval_every=900),
-    # One thread of such a CPU: about 80 minutes. The shipped weights are 3,305 of these steps and 1,500 others: README.md
+    # One thread of such a CPU: about 90 minutes. The shipped weights are 3,305 of these steps and 1,500 others: README.md
     "emoji64-cpu": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
                         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=32,
                         autoencoder_share=0.2, nested_dropout="uniform_pow2",
