@@ -1713,7 +1713,7 @@ def test_making_a_prior_leaves_its_caption_encoder_alone():
 
 
 @torch.no_grad()
-def test_a_table_of_few_numbers_is_a_table_and_can_be_written_out():
+def test_a_table_of_few_numbers_is_a_table_and_can_be_written_out(tmp_path):
     gpt = GPT(GPTConfig(vocab_size=60, length=4, width=32, depth=1, head_dim=16, classes=3, token_rank=5, levels=(4, 3, 5)))
     mean, _ = gpt.loss(torch.randint(60, (2, 4)))
     assert abs(mean.item() - math.log(60)) < 1e-5  # begins with a guess, as the full table does
@@ -1728,6 +1728,8 @@ def test_a_table_of_few_numbers_is_a_table_and_can_be_written_out():
     assert torch.allclose(full(tokens, labels), gpt(tokens, labels), atol=1e-4)
     assert full.state_dict().keys() == GPT(full.config).state_dict().keys() and full.config.token_rank == 0
     assert torch.equal(full.generate(labels=labels, temperature=0), gpt.generate(labels=labels, temperature=0))
+    export_official(gpt, str(tmp_path))
+    assert torch.allclose(GPT.from_pretrained(str(tmp_path))(tokens, labels), gpt(tokens, labels), atol=1e-4)
     with pytest.raises(ValueError, match="vocabulary"):
         GPT(dataclasses.replace(gpt.config, vocab_size=61))
 
