@@ -2,7 +2,7 @@
 All tests, in reading order. Each section's header says which mistakes it exists to catch. CPU, no downloads.
 
     python -m pytest -q          # or: python test_all.py
-    python test_all.py judge out/cpu out/cpu-prior                          # scores a prior of shapes; two minutes
+    python test_all.py judge out/cpu out/cpu-prior                          # scores a prior of shapes; minutes
     python test_all.py copies assets/emoji64 assets/emoji64/prior           # does it copy its training images?
 """
 import copy

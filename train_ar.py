@@ -18,7 +18,7 @@ import fcntl
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -117,13 +117,14 @@ class TokenSet:
 
     def __init__(self, path, tokenizer, dataset, config, run):
         self.path, self.n, self.classes = path, len(dataset), dataset.classes
-        self.views = 1 if isinstance(dataset, Shapes) else config.views
+        self.views = config.views
         self.labels, self.captions = [dataset.label(i) for i in range(self.n)], [dataset.caption(i) for i in range(self.n)]
         absent = set(range(len(self.classes))) - set(self.labels)
         if absent and "class" in config.condition:
             raise UserError(f"--data {config.data}: no training image is of the class {self.classes[min(absent)]!r}; remove its folder "
                             f"or put images into it")
-        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "images": self.n, "views": self.views, "augment": config.augment, "seed": config.seed}
+        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "images": self.n, "views": self.views,
+                   "augment": config.augment, "seed": config.seed}
         shape = (self.n * self.views, tokenizer.config.registers)
         with locked(path, run):
             done = self._begin(made_by, shape, np.uint16 if tokenizer.fsq.vocab_size <= 2**16 else np.uint32, run)
@@ -334,14 +335,13 @@ def main(config):
 
     # ---- data -------------------------------------------------------------------------------------------------
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=run.device)
-    dataset, held_out = (open_data(config.data, max(tokenizer.image_size), split, augment=config.augment and split == "train", seed=config.seed)
-                         for split in ("train", "held_out"))
-    if isinstance(dataset, Shapes):
-        dataset.length *= config.views  # endless: other scenes instead of other views of the same
-    T = config.length or tokenizer.config.registers
-    dataset = TokenSet(config.tokens or os.path.join(config.out, "tokens.npy"), tokenizer, dataset, config, run)
-    held_out = tokens_of(held_out, tokenizer, config.eval_images, T)
-    stream_of = lambda start: batches(dataset, config.batch_size, config.seed, run, start, config.workers)  # noqa: E731
+    T, size = config.length or tokenizer.config.registers, max(tokenizer.image_size)
+    images = open_data(config.data, size, "train", augment=config.augment, seed=config.seed)
+    views = config.views
+    if isinstance(images, Shapes):  # endless: other scenes instead of other views of the same
+        images.length, views = images.length * views, 1
+    dataset = TokenSet(config.tokens or os.path.join(config.out, "tokens.npy"), tokenizer, images, replace(config, views=views), run)
+    held_out = tokens_of(open_data(config.data, size, "held_out", augment=False, seed=config.seed), tokenizer, config.eval_images, T)
 
     # ---- model ------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
@@ -364,14 +364,15 @@ def main(config):
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         del state  # or a second copy of everything stays in memory
-    stream, log = stream_of(start), Log(config.out, run, start)
+    stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
+    log = Log(config.out, run, start)
     if run.is_main:
         print(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; {len(dataset.tokens):,} x {T} tokens; batch "
               f"{config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
 
     def save(step, metrics):
         ema.module.save_pretrained(config.out, train=asdict(config), classes=dataset.classes, step=step, metrics=metrics,
-                                           tokenizer=tokenizer.fingerprint(), **provenance())
+                                   tokenizer=tokenizer.fingerprint(), **provenance())
         save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
     # ---- loop -------------------------------------------------------------------------------------------------

@@ -370,7 +370,7 @@ PRESETS = {
     # One core of a small cloud machine (AVX512-BF16): a few minutes. Held-out PSNR 27.5 dB
     "shapes32": dict(data="shapes", out="out/vae_shapes32", image_size=32, latent_channels=4, block_out_channels=(16, 32, 64),
                      batch_size=8, steps=1500, lr=1e-3, warmup=50, kl_weight=1e-3, ema_decay=0.998),
-    # Two threads of it: 13 minutes. 48 numbers of an image become 1. Held-out PSNR 24.1 dB
+    # Two busy threads of it: 16 minutes. 48 numbers of an image become 1. Held-out PSNR 24.1 dB
     "emoji64": dict(data="emoji", out="out/vae_emoji64", image_size=64, latent_channels=4, block_out_channels=(16, 32, 64, 96),
                     batch_size=16, steps=2800, lr=1.5e-3, warmup=50, kl_weight=1e-3, ema_decay=0.999, eval_every=1400),
     # ImageNet at 256 pixels, the official sizes, for GPUs with 80 GB. Not run here: neither time nor PSNR is known. The paper's
