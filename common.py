@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -184,9 +185,20 @@ def make_ema(model, decay):
     def average(ema_params, params, n):
         n = int(averaged.n_averaged)  # the argument is a copy on the device, and reading it would wait for the device
         d = min(decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(ema_params, params, 1 - d)
+        own = lambda tensors: [x.to_local() if hasattr(x, "to_local") else x for x in tensors]  # noqa: E731, this process's part
+        torch._foreach_lerp_(own(ema_params), own(params), 1 - d)
     averaged = AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
     return averaged
+
+
+def fill_with_average(module, ema):
+    """Give `module`, which may be on "meta", the averaged weights in `ema`, the state dict of what `make_ema` returns.
+
+    Returns it, in eval mode. They are not copied.
+    """
+    weights = {name.removeprefix("module."): x for name, x in ema.items() if name != "n_averaged"}
+    module.load_state_dict(weights, assign=True)
+    return module.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,11 +329,67 @@ def save_resume(path, **state):
 
 
 def load_resume(path):
-    """Read `save_resume`'s file onto the CPU; tensors and plain values only (weights_only=True executes nothing)."""
+    """Read `save_resume`'s file onto the CPU; tensors and plain values only (weights_only=True executes nothing).
+
+    Mapped from the file: of eight processes on a machine, none holds a copy of what it takes only a part of.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
         raise UserError(f"{path}: cannot be read as a resume file ({str(error).splitlines()[0]})") from None
+
+
+def snapshot(state, keep=True):
+    """A copy of a state dict on the CPU, which training does not change any more; no tensors if not `keep`.
+
+    Tensors that are split over the processes are made whole, one at a time. For that all processes have to call this, though
+    only the one that writes will keep them.
+    """
+    if isinstance(state, (dict, list)):
+        return {name: snapshot(x, keep) for name, x in state.items()} if isinstance(state, dict) else [snapshot(x, keep) for x in state]
+    if hasattr(state, "full_tensor"):
+        state = state.full_tensor()
+    if torch.is_tensor(state):
+        return state.detach().to("cpu", copy=True) if keep else None
+    return state
+
+
+def split_like(state, like):
+    """The way back: a state dict of whole tensors -> each split over the processes as its namesake in `like` is, if that is.
+
+    One tensor in `like` may stand for a dict: its shape says which of those are split (AdamW's moments, not its step).
+    """
+    if isinstance(state, dict):
+        return {name: split_like(x, like.get(name) if isinstance(like, dict) else like) for name, x in state.items()}
+    if hasattr(like, "full_tensor") and torch.is_tensor(state) and state.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor  # late: not in every build of torch
+        return distribute_tensor(state, like.device_mesh, like.placements)
+    return state
+
+
+class Background:
+    """Makes one call at a time in a thread, so that training goes on while files are written.
+
+    What the call is given must not change meanwhile: see `snapshot`. A failure raises `UserError` at the next call or `wait`;
+    and however the program ends, Python lets the thread finish first.
+    """
+
+    def __init__(self):
+        self.thread, self.under_way = ThreadPoolExecutor(1), None
+
+    def __call__(self, write):
+        """Begin `write()` as soon as the one before has ended."""
+        self.wait()
+        self.under_way = self.thread.submit(write)
+
+    def wait(self):
+        """Return when everything is written."""
+        last, self.under_way = self.under_way, None
+        try:
+            if last:
+                last.result()
+        except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+            raise UserError(f"the checkpoint cannot be written ({error})") from None
 
 
 def seed_step(seed, step, run):

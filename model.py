@@ -431,6 +431,7 @@ class FlexTok(nn.Module):
         self.decoder = Decoder(config)
         widths = list(zip(config.repa_widths, config.repa_widths[1:]))
         self.repa_head = nn.ModuleList(nn.Linear(a, b) for a, b in widths).requires_grad_(False)
+        self.one_group = False  # training: whether all samples go through together, see `forward`
         self.official = {}  # the config of the official checkpoint that this came from, for `export_official`
 
     @property
@@ -450,6 +451,8 @@ class FlexTok(nn.Module):
         K = self.config.registers
         group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(max(1, K // 16), K))  # (B,)
         order, velocities = [], []
+        if self.one_group:  # as many calls on every process, whatever its k are: split weights are gathered in each
+            group = torch.full_like(group, K)
         for k in group.unique().tolist():
             members = (group == k).nonzero().squeeze(1)                           # (b,)
             order.append(members)

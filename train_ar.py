@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
-from common import (Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command, from_cli,
-                    init_distributed, learning_rate, load_resume, make_ema, provenance, read_json, recommended_guidance, replacing,
-                    save_grid, save_resume, seed_step, to_float, write_json)
+from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command,
+                    fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, read_json,
+                    recommended_guidance, replacing, save_grid, save_resume, seed_step, snapshot, to_float, write_json)
 from data import Shapes, batches, get_readable, open_data
 from model import FlexTok, powers_of_two
 from text import CaptionConfig, CaptionEncoder
@@ -371,12 +371,17 @@ def main(config):
               f"{config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
 
     def save(step, metrics):
-        ema.module.save_pretrained(config.out, train=asdict(config), classes=dataset.classes, step=step, metrics=metrics,
-                                   tokenizer=tokenizer.fingerprint(), **provenance())
-        save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        state = snapshot(dict(model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step))
+        notes = dict(train=asdict(config), classes=dataset.classes, step=step, metrics=metrics, tokenizer=tokenizer.fingerprint(), **provenance())
+        with torch.device("meta"):  # shapes without memory
+            averaged = build_prior(config, tokenizer, len(dataset.classes))
+        def write():
+            fill_with_average(averaged, state["ema"]).save_pretrained(config.out, **notes)
+            save_resume(resume_path, **state)
+        background(write)
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    stop = StopRequest()
+    stop, background = StopRequest(), Background()
     metrics, seconds, logged = {}, time.time(), start
     sums, counts = torch.zeros(4, device=run.device), [0] * 4
     for step in range(start, config.steps):
@@ -432,9 +437,11 @@ def main(config):
         if stopping:
             if run.is_main:
                 save(done, metrics)
+                background.wait()
                 print(f"stopped after step {done}; go on with --resume")
             metrics = {}
             break
+    background.wait()
     stop.release()
     return metrics
 

@@ -28,12 +28,12 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command, from_cli,
-                    init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json, replacing, save_grid,
-                    save_resume, seed_step, to_float, write_json)
+from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command,
+                    fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json,
+                    replacing, save_grid, save_resume, seed_step, snapshot, split_like, to_float, write_json)
 from data import batches, get_readable, open_data, spread
 from fsq import FSQ
-from model import Attention, FlexTok, TokenizerConfig, powers_of_two, sample_k
+from model import Attention, FlexTok, TokenizerConfig, powers_of_two, sample_k, unloaded
 from vae import VAE
 
 
@@ -86,7 +86,7 @@ class TrainConfig:
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"          # auto, bf16 or fp32
     checkpoint_blocks: bool = False  # keep only what enters each block, and compute the rest again in the backward pass
-    shard_optimizer: bool = False    # split AdamW's state over the processes (ZeRO stage 1)
+    shard: bool = False              # split weights, gradients, AdamW's state and EMA over the processes (FSDP2, ZeRO stage 3)
     log_every: int = 100             # steps
     eval_every: int = 5000           # steps; also saves
     eval_images: int = 64            # held-out images that are reconstructed
@@ -127,7 +127,7 @@ PRESETS = {
     "d18-d28": dict(PAPER, enc_depth=18, dec_depth=28, out="out/d18-d28"),
 }
 RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "eval_timesteps", "eval_guidance",
-              "resume", "stop_at", "micro_batch", "checkpoint_blocks", "shard_optimizer")  # may differ when a run is resumed
+              "resume", "stop_at", "micro_batch", "checkpoint_blocks", "shard")  # may differ when a run is resumed
 
 
 def build_tokenizer(config, vae):
@@ -157,6 +157,29 @@ def go_on_from(directory, tokenizer):
 
 def shapes_of(module):
     return {name: x.shape for name, x in module.state_dict().items()}
+
+
+def shard(tokenizer, config, run):
+    """Split encoder and decoder over the processes: of each tensor, of its gradient and of all that is made of it, one holds 1/world.
+
+    A unit's weights are gathered when it computes, forwards and once more backwards, and then dropped. The VAE stays whole: it is
+    small. Unlike DDP this sums gradients after every micro-batch: those that waited for the last one would have to be whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # late: not in every build of torch
+    mesh = init_device_mesh(run.device.type, (run.world,))
+    with autocast(run.device, config.precision):
+        bf16 = torch.is_autocast_enabled(run.device.type)
+    # Units hold only what autocast casts: gathered in bfloat16 they give the same numbers for half the traffic. And autocast's own
+    # copies would stay, whole, until the backward pass. The rest of autocast is left to it: the residual stream is float32.
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    modulations = [block.adaln for block in tokenizer.decoder.blocks]  # half of a block, and needed before it
+    for unit in [*modulations, *tokenizer.encoder.blocks, *tokenizer.decoder.blocks]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for trunk in (tokenizer.encoder, tokenizer.decoder):
+        fully_shard(trunk, mesh=mesh)  # what is in no unit
+    tokenizer.fsq.to(run.device)
+    tokenizer.one_group = True
 
 
 class CachedLatents:
@@ -289,15 +312,20 @@ def main(config):
 
     # ---- model ------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    raw = build_tokenizer(config, vae).to(run.device)
+    raw = build_tokenizer(config, vae)
+    if not config.shard:  # which moves it part by part: whole, it may not fit
+        raw.to(run.device)
     if config.init:
         go_on_from(config.init, raw)
     ema = make_ema(raw, config.ema_decay)
     model = raw
     if config.checkpoint_blocks:
-        for block in [*raw.encoder.blocks, *raw.decoder.blocks]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-    if run.world > 1:
+        kernels = lambda: (attention_kernel(run.device), attention_kernel(run.device))  # noqa: E731, the same again backwards
+        for block in [*raw.encoder.blocks, *raw.decoder.blocks]:  # there is no dropout: random states need not be kept
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=kernels)
+    if config.shard:
+        shard(raw, config, run), shard(ema.module, config, run)
+    elif run.world > 1:
         # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
         model = DistributedDataParallel(raw, find_unused_parameters=True, gradient_as_bucket_view=True)  # no second copy of gradients
     count = sum(p.numel() for p in raw.parameters() if p.requires_grad)
@@ -306,21 +334,16 @@ def main(config):
     trainable = [p for p in raw.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
-    settings = dict(lr=config.lr, betas=(0.9, config.beta2), fused=True)
-    sharded = config.shard_optimizer and run.world > 1
-    if sharded:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # late: not in every build of torch
-        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    else:
-        optimizer = torch.optim.AdamW(groups, **settings)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
     # ---- resume -----------------------------------------------------------------------------------------------
     start = 0
     if config.resume:
         state = load_resume(resume_path)
-        raw.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        raw.load_state_dict(split_like(state["model"], raw.state_dict()))
+        ema.load_state_dict(split_like(state["ema"], ema.state_dict()))
+        in_order = dict(enumerate(p for group in groups for p in group["params"]))  # AdamW numbers them
+        optimizer.load_state_dict(split_like(state["optimizer"], {"state": in_order}))
         start = state["step"]
         del state  # or a second copy of everything stays in memory
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
@@ -329,14 +352,16 @@ def main(config):
         print(f"{count:,} parameters on {run.device}; batch {config.batch_size} = {run.world} processes x {b // micro} "
               f"micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
 
-    def save(step, metrics):
+    def save(state, metrics):
         # "sampling" is what sample.py uses unless told otherwise
-        ema.module.save_pretrained(config.out, train=asdict(config), step=step, metrics=metrics,
-                                   sampling={"guidance_scale": config.eval_guidance}, **provenance())
-        save_resume(resume_path, model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        notes = dict(train=asdict(config), step=state["step"], metrics=metrics, sampling={"guidance_scale": config.eval_guidance}, **provenance())
+        def write():
+            fill_with_average(unloaded(raw.config, vae.config), state["ema"]).save_pretrained(config.out, **notes)
+            save_resume(resume_path, **state)
+        background(write)
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    stop = StopRequest()
+    stop, background = StopRequest(), Background()
     raw.train()
     vae.eval()
     metrics, seconds, logged = {}, time.time(), start
@@ -368,7 +393,9 @@ def main(config):
             sums += torch.cat([by_t[0], (loss.detach() * pure).sum()[None]])      # (5,)
             counts += torch.cat([by_t[1], pure.sum()[None]])                      # (5,)
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)  # of all processes
+        if config.shard:
+            grad_norm = grad_norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(raw)
@@ -387,20 +414,24 @@ def main(config):
                 grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
             seconds, logged = time.time(), done
             sums.zero_(), counts.zero_()
-        if sharded and (evaluating or stopping):
-            optimizer.consolidate_state_dict(to=0)  # all processes send the main one, which saves, their part
-        if evaluating and run.is_main:
-            ema.module.eval()
-            metrics = evaluate(ema.module, eval_images, config, os.path.join(config.out, f"step{done:07d}.png"))
-            log(step=step, **metrics)
-            save(done, metrics)
-            seconds, logged = time.time(), done  # evaluation does not count as training time
-        if stopping:
+        if evaluating or stopping:
+            state = snapshot(dict(model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=done), run.is_main)
+            if evaluating and run.is_main:
+                averaged = fill_with_average(unloaded(raw.config, vae.config), state["ema"]).to(run.device)
+                metrics = evaluate(averaged, eval_images, config, os.path.join(config.out, f"step{done:07d}.png"))
+                del averaged
+                log(step=step, **metrics)
             if run.is_main:
-                save(done, metrics)
+                save(state, metrics)
+            del state  # freed when it is written
+            seconds, logged = time.time(), done  # this does not count as training time
+        if stopping:
+            background.wait()
+            if run.is_main:
                 print(f"stopped after step {done}; go on with --resume")
             metrics = {}
             break
+    background.wait()
     stop.release()
     return metrics
 
@@ -415,6 +446,12 @@ def check(config, run):
     if config.batch_size % (run.world * max(1, config.micro_batch)):
         raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x "
                         f"{max(1, config.micro_batch)}")
+    if config.shard:
+        if run.world == 1:
+            raise UserError("--shard: splits the model over several processes, and there is one; start them with torchrun, or leave it out")
+        from torch.distributed import fsdp  # late: not in every build of torch
+        if not hasattr(fsdp, "fully_shard"):
+            raise UserError(f"--shard: torch {torch.__version__} has no torch.distributed.fsdp.fully_shard; 2.6 has")
     if not config.vae and config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
     sample_t(config, 1, None, None)

@@ -18,16 +18,16 @@ Letters: B batch, C latent channels, c feature channels, H W pixels, h w latent 
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Log, StopRequest, UserError, autocast, claim_directory, clock, command, find, from_cli, init_distributed,
-                    learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr, read_json, save_grid,
-                    save_resume, save_tensors, seed_step, to_float, write_json)
+from common import (Background, Log, StopRequest, UserError, autocast, claim_directory, clock, command, fill_with_average, find,
+                    from_cli, init_distributed, learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr,
+                    read_json, save_grid, save_resume, save_tensors, seed_step, snapshot, to_float, write_json)
 from data import batches, open_data, spread
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -477,7 +477,18 @@ def main(config):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         del state  # or a second copy of everything stays in memory
-    log, stop = Log(config.out, run, start_step), StopRequest()
+    log, stop, background = Log(config.out, run, start_step), StopRequest(), Background()
+
+    def save(steps_done, metrics):
+        state = snapshot({"step": steps_done, **{name: part.state_dict() for name, part in parts.items()}})
+        notes = {"config": asdict(config), "metrics": metrics, **provenance()}
+        with torch.device("meta"):  # shapes without memory
+            averaged = VAE(replace(ema.module.config))
+        def write():
+            fill_with_average(averaged, state["ema"]).save_pretrained(config.out)
+            save_resume(resume_path, **state)
+            write_json(settings_path, notes)
+        background(write)
 
     # -- loop -------------------------------------------------------------------------------------------------
     record, since, logged = {}, time.time(), start_step
@@ -533,12 +544,11 @@ def main(config):
             measured = evaluate(ema.module.eval(), held_out, calibration, run.device, os.path.join(config.out, "reconstructions.png"))
             log(step=step, **measured)
             record |= measured | {"steps_done": step + 1}
-            ema.module.save_pretrained(config.out)
-            save_resume(resume_path, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
-            write_json(settings_path, {"config": asdict(config), "metrics": record, **provenance()})
+            save(step + 1, dict(record))
             since, logged = time.time(), step + 1
         if last:
             break
+    background.wait()
     stop.release()
     return record
 
