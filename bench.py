@@ -467,38 +467,57 @@ def image_bytes(trunk, width, depth, k):
     return one + (depth - 1) * (two - one), two - one
 
 
-def memory_rows():
-    """For each of the paper's presets: its name, parameters, bytes that do not depend on the batch, those of AdamW, bytes for
-    each image, and those if blocks are checkpointed."""
+def batch_bytes(config, k):
+    """Bytes for each image of 256 px with k tokens: as autograd keeps them, and with checkpointed blocks."""
+    trunks = ((Encoder, config.enc_depth, 256 + k), (Decoder, config.dec_depth, 256 + min(k + 1, 256)))
+    of_trunks, of_blocks = zip(*(image_bytes(trunk, 64 * depth, depth, k) for trunk, depth, _ in trunks))
+    # what checkpointing keeps: what enters every block, in float32, and of one block at a time all
+    return sum(of_trunks), sum(depth * 64 * depth * n * 4 for _, depth, n in trunks) + max(of_blocks)
+
+
+def split_bytes(tokenizer, parameters, world):
+    """Bytes of `train_tokenizer.shard` on one of `world` processes, beside the VAE: its part of float32 weights, gradients, EMA and
+    AdamW's two moments, and what is gathered while one unit after the other computes."""
+    count = lambda module: sum(p.numel() for p in module.parameters())            # noqa: E731
+    modulations = [count(block.adaln) for block in tokenizer.decoder.blocks]
+    blocks = [count(block) for block in tokenizer.encoder.blocks] + [count(b) - m for b, m in zip(tokenizer.decoder.blocks, modulations)]
+    # backwards, of the largest unit: it and the next one in bfloat16, the buffer that one arrives in, gradients in bfloat16, and
+    # in float32 these and those of the unit before, on their way to the sum
+    gathered = (2 + 2 + 2 + 2 + 4 + 4) * max(blocks + modulations)
+    rest = parameters - sum(blocks + modulations)  # in no unit: float32 weights and gradients, autocast's copies
+    return parameters * (4 + 4 + 4 + 8) // world + gathered + rest * (4 + 4 + 2)
+
+
+def memory_rows(world=8):
+    """For each of the paper's presets what training holds in bytes: a dict."""
     for name in ("d12-d12", "d18-d18", "d18-d28"):
         config = BenchConfig(**PRESETS[name])
         powers = powers_of_two(config.registers)
-        k = round(sum(powers) / len(powers))  # 57, what pow2 keeps on average
         tokenizer = build(config, torch.device("meta"), config.vae_width)  # sizes without memory
         parameters, vae = (sum(p.numel() for p in tokenizer.parameters() if p.requires_grad == trained) for trained in (True, False))
-        trunks = ((Encoder, config.enc_depth, 256 + k), (Decoder, config.dec_depth, 256 + k + 1))
-        of_trunks, of_blocks = zip(*(image_bytes(trunk, 64 * depth, depth, k) for trunk, depth, _ in trunks))
-        # what checkpointing keeps: what enters every block, in float32, and of one block at a time all
-        checkpointed = sum(depth * 64 * depth * n * 4 for _, depth, n in trunks) + max(of_blocks)
-        # float32 weights, gradients and EMA; bfloat16 copies under autocast; the frozen VAE twice, for the EMA holds one too
-        fixed = parameters * (4 + 4 + 4 + 2) + 2 * 4 * vae
-        yield name, parameters, fixed, 8 * parameters, sum(of_trunks), checkpointed
+        vaes = 2 * 4 * vae  # the EMA holds one too
+        image, checkpointed = batch_bytes(config, round(sum(powers) / len(powers)))  # 57, what pow2 keeps on average
+        yield dict(preset=name, parameters=parameters, image_bytes=image, checkpointed_bytes=checkpointed,
+                   # float32 weights, gradients and EMA; bfloat16 copies under autocast; AdamW's two moments
+                   whole_bytes=parameters * (4 + 4 + 4 + 2 + 8) + vaes, split_bytes=split_bytes(tokenizer, parameters, world) + vaes,
+                   split_image_bytes=batch_bytes(config, config.registers)[1])  # split, all samples pass with all K tokens
 
 
 def bench_memory():
     """The table of `memory_rows`, in GB, and how many images fit."""
-    print("Computed, not measured: bf16 autocast, float32 weights, AdamW and EMA, 256 px, K = 256, 57 tokens kept (the mean of pow2).\n"
-          "An image is what autograd keeps of it, in all blocks; with --checkpoint_blocks, the input of each block and all of one.\n"
-          "The workspace of the libraries and the VAE's own pass are not in it.\n")
-    print(f"{'':8} {'parameters':>14} {'fixed':>7} {'AdamW':>7} {'split by 8':>10} {'image':>8} {'checkpointed':>12}   "
-          f"images in 24 GB: as is, checkpointed, and split by 8;  in 80 GB")
-    table = []
-    for name, parameters, fixed, adam, image, checkpointed in memory_rows():
-        fits = [max(0, int((card - held) / each)) for card in (24e9, 80e9)
-                for held, each in ((fixed + adam, image), (fixed + adam, checkpointed), (fixed + adam / 8, checkpointed))]
-        print(f"{name:8} {parameters:14,} {fixed / 1e9:7.1f} {adam / 1e9:7.1f} {adam / 8e9:10.1f} {image / 1e9:8.3f} {checkpointed / 1e9:12.4f}   "
-              f"{fits[0]:,} / {fits[1]:,} / {fits[2]:,};  {fits[3]:,} / {fits[4]:,} / {fits[5]:,}")
-        table.append(dict(preset=name, parameters=parameters, fixed_bytes=fixed, adam_bytes=adam, image_bytes=image, checkpointed_bytes=checkpointed))
+    print("Computed, not measured: bf16 autocast, float32 weights, gradients, AdamW and EMA, 256 px, K = 256, 57 tokens kept (the mean of\n"
+          "pow2), all 256 with --shard, here on 8 GPUs. An image is what autograd keeps of it, in all blocks; with --checkpoint_blocks, the\n"
+          "input of each block and all of one. The workspace of the libraries and the VAE's own pass are not in it. To evaluate, the main\n"
+          "process of a split run holds the averaged weights whole, 4 bytes each, in the place of images.\n")
+    print(f"{'':8} {'parameters':>14} {'whole':>7} {'image':>7} {'checkpointed':>12}   {'--shard':>7} {'image, checkpointed':>19}   "
+          f"images in 24 GB: as is, checkpointed, split and checkpointed;  in 80 GB")
+    table = list(memory_rows())
+    for row in table:
+        whole, image, checkpointed, split, split_image = (row[f"{part}_bytes"] / 1e9 for part in ("whole", "image", "checkpointed", "split", "split_image"))
+        fits = [f"{max(0, int((card - held) / each)):,}" for card in (24, 80)
+                for held, each in ((whole, image), (whole, checkpointed), (split, split_image))]
+        print(f"{row['preset']:8} {row['parameters']:14,} {whole:7.1f} {image:7.3f} {checkpointed:12.3f}   {split:7.1f} {split_image:19.3f}   "
+              f"{' / '.join(fits[:3])};  {' / '.join(fits[3:])}")
     return dict(memory=table)
 
 

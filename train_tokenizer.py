@@ -393,9 +393,9 @@ def main(config):
             sums += torch.cat([by_t[0], (loss.detach() * pure).sum()[None]])      # (5,)
             counts += torch.cat([by_t[1], pure.sum()[None]])                      # (5,)
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)  # of all processes
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         if config.shard:
-            grad_norm = grad_norm.full_tensor()
+            grad_norm = grad_norm.full_tensor()  # the clipping was by this already, the norm over all processes
         optimizer.step()
         optimizer.zero_grad()
         ema.update_parameters(raw)
@@ -414,7 +414,7 @@ def main(config):
                 grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
             seconds, logged = time.time(), done
             sums.zero_(), counts.zero_()
-        if evaluating or stopping:
+        if evaluating or stopping:  # the main process does it; the others send it what is split
             state = snapshot(dict(model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=done), run.is_main)
             if evaluating and run.is_main:
                 averaged = fill_with_average(unloaded(raw.config, vae.config), state["ema"]).to(run.device)
@@ -423,7 +423,7 @@ def main(config):
                 log(step=step, **metrics)
             if run.is_main:
                 save(state, metrics)
-            del state  # freed when it is written
+            del state  # the writer frees it
             seconds, logged = time.time(), done  # this does not count as training time
         if stopping:
             background.wait()
@@ -448,7 +448,7 @@ def check(config, run):
                         f"{max(1, config.micro_batch)}")
     if config.shard:
         if run.world == 1:
-            raise UserError("--shard: splits the model over several processes, and there is one; start them with torchrun, or leave it out")
+            raise UserError("--shard: splits the model over several processes, and this is the only one; start with torchrun, or without it")
         from torch.distributed import fsdp  # late: not in every build of torch
         if not hasattr(fsdp, "fully_shard"):
             raise UserError(f"--shard: torch {torch.__version__} has no torch.distributed.fsdp.fully_shard; 2.6 has")
