@@ -478,12 +478,13 @@ class FlexTok(nn.Module):
         return torch.cat(velocities)[back]                                        # (B, C, h, w)
 
     def compile_blocks(self, **options):
-        """torch.compile the decoder's blocks; options go to torch.compile. Changes no name in the state dict.
+        """torch.compile the blocks of encoder and decoder; options go to torch.compile. Changes no name in the state dict.
 
-        The blocks share their graphs, and the number of tokens is dynamic in them: a sampling session makes four of them,
-        whatever its k are. Middle and last block, each with dropped registers and without. Batches of one make their own.
+        The blocks of each share their graphs, and the number of tokens is dynamic in them. Tokenising makes four graphs and
+        detokenising four, whatever the k are: middle and last block, in the encoder each for one register and for several,
+        in the decoder each with dropped registers and without. Batches of one make their own.
         """
-        for block in self.decoder.blocks:
+        for block in [*self.encoder.blocks, *self.decoder.blocks]:
             block.compile(dynamic=True, **options)
 
     @torch.no_grad()

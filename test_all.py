@@ -338,19 +338,25 @@ def test_the_vae_is_given_a_large_batch_in_slices(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_sampling_session_compiles_four_graphs_whatever_its_k_are():
+def test_a_session_compiles_four_graphs_to_tokenise_and_four_to_detokenise_whatever_its_k_are():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=256))
     names = list(tokenizer.state_dict())
-    tokens = torch.randint(64_000, (2, 256))
-    def session():
-        return [tokenizer.detokenize(list(tokens[:, :k]), 2, 7.5, generator=torch.Generator().manual_seed(k)) for k in (1, 2, 3, 5, 16, 100, 256)]
-    want = session()
+    ks, images = (1, 2, 3, 5, 16, 100, 256), torch.rand(2, 3, 16, 16) * 2 - 1
+    def tokenise():
+        return [torch.cat(tokenizer.tokenize(images, k)) for k in ks]
+    def detokenise(tokens):
+        return [tokenizer.detokenize(list(rows), 2, 7.5, generator=torch.Generator().manual_seed(0)) for rows in tokens]
+    tokens = tokenise()
+    want = detokenise(tokens)
     tokenizer.compile_blocks(backend=counter)
-    for got, plain in zip(session(), want):
-        assert (got - plain).abs().max() < 1e-4
+    for got, plain in zip(tokenise(), tokens):
+        assert torch.equal(got, plain)
     assert 1 <= counter.frame_count <= 4
+    for got, plain in zip(detokenise(tokens), want):
+        assert (got - plain).abs().max() < 1e-4
+    assert 5 <= counter.frame_count <= 8
     assert list(tokenizer.state_dict()) == names
     torch._dynamo.reset()
 
@@ -1457,6 +1463,25 @@ def test_checkpointed_blocks_give_the_same_training_and_resume_either_way(tmp_pa
     assert states[0].keys() == states[1].keys()
     for name, x in states[0].items():
         assert (x - states[1][name]).abs().max() < 1e-6, name
+
+
+def test_compiled_blocks_give_the_same_training(tmp_path, tiny_vae, monkeypatch):
+    """A few graphs for all groups of k of all steps; with --checkpoint_blocks too. The backend is a quick one, with its backward pass."""
+    counter, compile_blocks = CompileCounterWithBackend("aot_eager"), FlexTok.compile_blocks
+    monkeypatch.setattr(FlexTok, "compile_blocks", lambda self: compile_blocks(self, backend=counter))
+    states = []
+    for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("both", {"compile": True, "checkpoint_blocks": True})):
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        train(tmp_path / name, tiny_vae, steps=4, enc_depth=2, dec_depth=2, **changes)
+        assert (counter.frame_count > 0) == ("compile" in changes) and counter.frame_count <= 16, counter.frame_count
+        print(name, counter.frame_count)
+        states.append(torch.load(tmp_path / name / "resume.pt", weights_only=True)["model"])
+    torch._dynamo.reset()
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        for name, x in states[0].items():
+            assert (x - state[name]).abs().max() < 1e-4, name
 
 
 def test_an_optimizer_split_over_two_processes_trains_the_same_and_its_checkpoint_is_the_whole(tmp_path, tiny_vae):
@@ -2981,6 +3006,22 @@ def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
     assert os.path.getsize(f"{sample.SHIPPED}/model.safetensors") < 20 * 2**20
     files = [os.path.join(folder, name) for folder, _, names in os.walk(f"{HERE}/assets") for name in names]
     assert sum(map(os.path.getsize, files)) < 32 * 10**6
+
+
+def test_sampling_in_bfloat16_draws_nearly_the_same_and_a_cpu_stays_in_float32_unless_asked(tmp_path, monkeypatch):
+    tokenizer = FlexTok.from_pretrained(sample.SHIPPED)
+    tokens = tokenizer.tokenize(sample.held_out_emoji(tokenizer, 4))
+    configs = [sample.Decode(timesteps=10, device="cpu", precision=precision) for precision in ("auto", "fp32", "bf16")]
+    auto, single, half = (sample.sample(tokenizer, tokens, config) for config in configs)
+    assert torch.equal(auto, single) and half.dtype == torch.float32
+    assert not torch.equal(half, single) and psnr(half, single).min() > 30
+    assert {p.dtype for p in tokenizer.decoder.parameters()} == {torch.bfloat16}
+    assert {x.dtype for part in (tokenizer.encoder, tokenizer.vae) for x in part.state_dict().values()} == {torch.float32}
+    with pytest.raises(UserError, match="--precision half: expected auto, bf16 or fp32"):
+        sample.in_bf16(sample.Decode(precision="half"))
+    monkeypatch.chdir(tmp_path)
+    sample.main(["generate", "--label", "3", "--n", "1", "--k", "2", "--timesteps", "1", "--device", "cpu", "--precision", "bf16"])
+    assert os.path.exists("out/generate.png")
 
 
 def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monkeypatch, capsys):
