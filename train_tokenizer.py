@@ -86,7 +86,6 @@ class TrainConfig:
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"          # auto, bf16 or fp32
     checkpoint_blocks: bool = False  # keep only what enters each block, and compute the rest again in the backward pass
-    compile: bool = False            # torch.compile the blocks: minutes at the start, then faster steps on a GPU
     shard_optimizer: bool = False    # split AdamW's state over the processes (ZeRO stage 1)
     log_every: int = 100             # steps
     eval_every: int = 5000           # steps; also saves
@@ -128,7 +127,7 @@ PRESETS = {
     "d18-d28": dict(PAPER, enc_depth=18, dec_depth=28, out="out/d18-d28"),
 }
 RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "eval_timesteps", "eval_guidance",
-              "resume", "stop_at", "micro_batch", "checkpoint_blocks", "compile", "shard_optimizer")  # may differ when a run is resumed
+              "resume", "stop_at", "micro_batch", "checkpoint_blocks", "shard_optimizer")  # may differ when a run is resumed
 
 
 def build_tokenizer(config, vae):
@@ -298,8 +297,6 @@ def main(config):
     if config.checkpoint_blocks:
         for block in [*raw.encoder.blocks, *raw.decoder.blocks]:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
-    if config.compile:
-        raw.compile_blocks()
     if run.world > 1:
         # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
         model = DistributedDataParallel(raw, find_unused_parameters=True, gradient_as_bucket_view=True)  # no second copy of gradients
