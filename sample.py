@@ -224,7 +224,7 @@ def load(config):
 
 
 def in_bf16(config):
-    """Whether to sample in bfloat16. On a CPU only if asked: there the pictures are those of the README, bit for bit."""
+    """Whether to sample in bfloat16. On a CPU only if asked: the README's pictures and numbers are of float32."""
     autocast(torch.device("cpu"), config.precision)  # refuses other words
     return config.precision == "bf16" or config.precision == "auto" and pick_device(config.device).type == "cuda"
 

@@ -34,8 +34,8 @@ from data import batches, open_data, spread
 # The network
 
 
-# In memory the channels of a pixel lie side by side while the networks run: convolutions keep the order of what they are given.
-# On a CPU 1.1 to 1.4 times as fast, in float32 and bfloat16. On CUDA untested: GroupNorm there goes back to the usual order.
+# The channels of a pixel lie side by side in memory while the networks run: convolutions keep the order they are given. On a busy
+# CPU 1.1 to 1.4 times as fast at 16 to 96 channels; at 128 to 512 in float32, 0.9 (encode) and 1.15 (decode). On CUDA untested.
 CHANNELS_LAST = torch.channels_last
 
 
