@@ -31,7 +31,7 @@ import flow
 from ar import GPT, SIZES, GPTConfig, cross_entropy
 from common import UserError, attention_kernel, autocast, command, from_cli, pick_device, replacing, write_json
 from model import Decoder, Encoder, FlexTok, TokenizerConfig, norm, powers_of_two, unpatchify
-from vae import VAE, VAEConfig
+from vae import VAE, ResnetBlock, VAEConfig
 
 
 @dataclass
@@ -98,6 +98,38 @@ def plain_encoder(encoder, latents):
     return encoder.head(norm(x[:, N:]))                                           # (B, K, L)
 
 
+def plain_vae(net, x):
+    """vae.Encoder or vae.Decoder: the layers one after the other, nothing in place, channels in the usual order."""
+    mid, levels = [net.mid_block], net.down_blocks if hasattr(net, "down_blocks") else net.up_blocks
+    x = net.conv_in(x)
+    for part in [*levels, *mid] if hasattr(net, "down_blocks") else [*mid, *levels]:
+        if part is net.mid_block:
+            layers = [part.resnets[0], *part.attentions, part.resnets[1]]
+        else:
+            layers = [*part.resnets, *part.downsamplers, *part.upsamplers]
+        for layer in layers:
+            if isinstance(layer, ResnetBlock):
+                residual = layer.conv1(F.silu(layer.norm1(x)))
+                residual = layer.conv2(F.silu(layer.norm2(residual)))
+                x = layer.conv_shortcut(x) + residual
+            else:
+                x = layer(x)
+    return net.conv_out(F.silu(net.conv_norm_out(x)))
+
+
+@torch.no_grad()
+def plain_latents(vae, images):
+    """images (B, 3, H, W) -> the posterior's mean, scaled, (B, C, h, w)."""
+    moments = vae.quant_conv(plain_vae(vae.encoder, images))                      # (B, 2C, h, w)
+    return vae.config.scaling_factor * moments.float().chunk(2, 1)[0]
+
+
+@torch.no_grad()
+def plain_decode(vae, latents):
+    """latents (B, C, h, w), scaled -> images (B, 3, H, W)."""
+    return plain_vae(vae.decoder, vae.post_quant_conv(latents / vae.config.scaling_factor))
+
+
 def plain_decoder(decoder, x_t, t, codes, k_keep, null):
     """x_t (B, C, h, w), t (B,), codes (B, K, L), k_keep (B,), null (B,) bool -> velocity (B, C, h, w): N + K tokens."""
     B, _, h, w = x_t.shape
@@ -133,7 +165,7 @@ def plain_detokenize(tokenizer, tokens, steps, generator):
         v_cond, v_uncond = (plain_decoder(tokenizer.decoder, x, t, codes, k_keep, torch.full((B,), null, device=x.device)).float()
                             for null in (False, True))                            # (B, C, h, w) each
         x = x - apg(v_cond, v_uncond, 7.5) / steps
-    return tokenizer.vae.decode(x)                                                # (B, 3, H, W)
+    return plain_decode(tokenizer.vae, x)                                         # (B, 3, H, W)
 
 
 @torch.no_grad()
@@ -202,9 +234,10 @@ def tokenize_rows(config, device):
         return tokenizer.fsq(plain_encoder(tokenizer.encoder, latents))[1][:, :k]  # (B, k)
 
     for k in (config.registers, min(16, config.registers)):
-        yield Row(f"tokenize k={k}, from latents", lambda: ours(latents, k), lambda: plain(latents, k), B)
+        yield Row(f"tokenize k={k}, from latents", lambda: ours(latents, k), lambda: plain(latents, k), B,
+                  compile=tokenizer.compile_blocks)
         yield Row(f"tokenize k={k}, with the VAE", lambda: torch.cat(tokenizer.tokenize(images, k)),
-                  lambda: plain(tokenizer.vae.latents(images), k), B)
+                  lambda: plain(plain_latents(tokenizer.vae, images), k), B, compile=tokenizer.compile_blocks)
 
 
 def detokenize_rows(config, device):
@@ -248,13 +281,12 @@ def train_rows(config, device):
 
 
 def vae_rows(config, device):
-    """The autoencoder alone; the plain side is the network called on the whole batch."""
+    """The autoencoder alone."""
     vae, B, side = build(dataclasses.replace(config, enc_depth=1, dec_depth=1), device, config.vae_width).vae, config.batch_size, config.image_size
     images = torch.rand(B, 3, side, side, device=device) * 2 - 1                  # (B, 3, H, W)
     latents = torch.randn(B, 16, side // 8, side // 8, device=device)             # (B, C, h, w)
-    yield Row("vae encode", torch.no_grad()(lambda: vae.latents(images)), torch.no_grad()(lambda: vae.encode(images).mean), B)
-    yield Row("vae decode", torch.no_grad()(lambda: vae.decode(latents)),
-              torch.no_grad()(lambda: vae.decoder(vae.post_quant_conv(latents))), B)
+    yield Row("vae encode", torch.no_grad()(lambda: vae.latents(images)), torch.no_grad()(lambda: plain_latents(vae, images)), B)
+    yield Row("vae decode", torch.no_grad()(lambda: vae.decode(latents)), torch.no_grad()(lambda: plain_decode(vae, latents)), B)
 
 
 def generate_rows(config, device):

@@ -393,14 +393,24 @@ def full_attention(n, heavy, device):
     all. In softmax(q·key), m equal keys put m·exp(s) where one puts exp(s); and m·exp(s) = exp(s + log m): adding log m
     to that key's logit is exact. Its value is then weighted m times too, as m equal values would be. So N + k + 1 tokens
     compute what N + K did, gradients included (they are the same function), and the null condition costs N + 1.
+
+    The logit is added inside the dot product: in a channel of its own, queries hold 1/scale, the last key log m, other keys
+    0. (A bias would do, but CUDA's flash kernel takes none.) bfloat16 rounds log m by up to 0.4 %, which would count up to
+    1.6 % too many or too few; so three channels share it, each with what those before it rounded away. Five more hold
+    zeros, and v gets eight: that kernel wants q, k and v of one size, a multiple of 8.
     """
-    bias = None
+    extra = None
     if heavy > 1:  # heavy = 1: log 1 = 0; heavy = 0: no register was dropped
-        bias = torch.zeros(1, 1, 1, n, device=device)
-        bias[..., -1] = math.log(heavy)
+        extra, rest = torch.zeros(n, 8, device=device), math.log(heavy)           # (n, 8)
+        for channel in range(3):
+            extra[-1, channel] = part = torch.tensor(rest, device="cpu").bfloat16().item()
+            rest -= part
     def attend(q, k, v, scale):
-        mask = None if bias is None else bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        if extra is None:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        q = F.pad(q, (0, 8), value=1 / scale)                                     # (B, nh, m, hd + 8)
+        k = torch.cat([k, extra.to(k.dtype).expand(*k.shape[:2], -1, -1)], -1)    # (B, nh, n, hd + 8)
+        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=scale)[..., :-8]  # (B, nh, m, hd)
     return attend
 
 
@@ -408,7 +418,15 @@ def full_attention(n, heavy, device):
 # FlexTok
 
 
-VAE_SLICE = 8  # images that the VAE is given at once
+VAE_PIXELS = 8 * 256 * 256  # that the VAE is given at once, but at least one whole image
+
+
+def vae_slices(x, pixels):
+    """x (B, ...), images or their latents of so many pixels each -> parts of the batch, so that the VAE's feature maps fit.
+
+    An image is not cut into tiles: GroupNorm and the VAE's attention look at all of it, so that tiles would change the result.
+    """
+    return x.split(max(1, VAE_PIXELS // pixels))
 
 
 class FlexTok(nn.Module):
@@ -463,12 +481,13 @@ class FlexTok(nn.Module):
         return torch.cat(velocities)[back]                                        # (B, C, h, w)
 
     def compile_blocks(self, **options):
-        """torch.compile the decoder's blocks; options go to torch.compile. Changes no name in the state dict.
+        """torch.compile the blocks of encoder and decoder; options go to torch.compile. Changes no name in the state dict.
 
-        The blocks share their graphs, and the number of tokens is dynamic in them: a sampling session makes four of them,
-        whatever its k are. Middle and last block, each with dropped registers and without. Batches of one make their own.
+        The blocks of each share their graphs, and the number of tokens is dynamic in them. Tokenising makes four graphs and
+        detokenising four, whatever the k are: middle and last block, in the encoder each for one register and for several,
+        in the decoder each with dropped registers and without. Batches of one make their own.
         """
-        for block in self.decoder.blocks:
+        for block in [*self.encoder.blocks, *self.decoder.blocks]:
             block.compile(dynamic=True, **options)
 
     @torch.no_grad()
@@ -479,7 +498,7 @@ class FlexTok(nn.Module):
         official code does. Asking for k tokens costs less and gives the first k of all of them.
         """
         images = images.to(self.decoder.mask_token.device)
-        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in images.split(VAE_SLICE)])  # (B, C, h, w)
+        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in vae_slices(images, images[0, 0].numel())])  # (B, C, h, w)
         _, tokens = self.fsq(self.encoder(latents, k))
         return list(tokens.split(1))                                              # B x (1, k)
 
@@ -510,7 +529,7 @@ class FlexTok(nn.Module):
             cfg_scale=guidance_scale,
             combine=flow.APG() if perform_norm_guidance else flow.cfg), noise, timesteps)
         # a few at a time: the VAE's finest level holds 512 times what its latents do
-        return torch.cat([self.vae.decode(part) for part in latents.split(VAE_SLICE)])  # (B, 3, H, W)
+        return torch.cat([self.vae.decode(part) for part in vae_slices(latents, h * w * self.vae.downsampling**2)])  # (B, 3, H, W)
 
     def codes_of(self, tokens):
         """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded; k_keep (B,), or None if equal."""

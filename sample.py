@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ar import GPT
-from common import (UserError, command, draw_grid, fit, from_cli, pick_device, psnr, read_image, read_json, recommended_guidance, replacing,
+from common import (UserError, autocast, command, draw_grid, fit, from_cli, pick_device, psnr, read_image, read_json, recommended_guidance, replacing,
                     save_animation, save_grid, to_image,
                     to_tensor, write_json)
 from data import Emoji, list_files, spread
@@ -42,6 +42,7 @@ class Reconstruct:
     seed: int = 0                    # of the sampler's noise
     checkpoint: str = SHIPPED        # directory of a tokenizer
     device: str = "auto"             # auto, cpu, cuda, mps
+    precision: str = "auto"          # of the flow decoder: fp32 or bf16; auto: bf16 on CUDA, else fp32
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Generate:
     checkpoint: str = SHIPPED        # directory of a tokenizer
     prior: str = os.path.join(SHIPPED, "prior")  # directory of a prior trained on its tokens
     device: str = "auto"             # auto, cpu, cuda, mps
+    precision: str = "auto"          # of the flow decoder and the prior: fp32 or bf16; auto: bf16 on CUDA, else fp32
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Decode:
     seed: int = 0                    # of the sampler's noise
     checkpoint: str = SHIPPED        # directory of a tokenizer
     device: str = "auto"             # auto, cpu, cuda, mps
+    precision: str = "auto"          # of the flow decoder: fp32 or bf16; auto: bf16 on CUDA, else fp32
 
 
 def reconstruct(config):
@@ -124,7 +127,8 @@ def generate(config):
         raise UserError(f"--cfg_scale {config.cfg_scale}: expected a number")
     if not 0 <= config.top_p <= 1:
         raise UserError(f"--top_p {config.top_p}: expected 0 to 1")
-    tokenizer, gpt = load(config), GPT.from_pretrained(config.prior, device=pick_device(config.device))
+    tokenizer = load(config)
+    gpt = GPT.from_pretrained(config.prior, device=pick_device(config.device), dtype=torch.bfloat16 if in_bf16(config) else torch.float32)
     described = os.path.join(config.prior, "config.json")
     made_by = read_json(described) if os.path.isfile(described) else {}  # released priors do not say by whose tokens
     if gpt.config.vocab_size != tokenizer.fsq.vocab_size or gpt.config.length > tokenizer.config.registers:
@@ -215,19 +219,32 @@ def decode(config):
 
 
 def load(config):
-    """The checkpoint's tokenizer, on the device asked for."""
+    """The checkpoint's tokenizer, on the device asked for, in float32."""
     return FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+
+
+def in_bf16(config):
+    """Whether to sample in bfloat16. On a CPU only if asked: the README's pictures and numbers are of float32."""
+    autocast(torch.device("cpu"), config.precision)  # refuses other words
+    return config.precision == "bf16" or config.precision == "auto" and pick_device(config.device).type == "cuda"
 
 
 def sample(tokenizer, tokens, config):
     """List of tokens -> images (B, 3, H, W) by the sampler settings of the command line."""
-    scale = config.guidance_scale or recommended_guidance(config.checkpoint)
-    return tokenizer.detokenize(tokens, config.timesteps, scale, generator=torch.Generator().manual_seed(config.seed))
+    scale, half = config.guidance_scale or recommended_guidance(config.checkpoint), in_bf16(config)
+    if half:
+        # The decoder runs twice a step: with its weights in bfloat16, none of them is cast there again. Encoder and VAE run once
+        # and stay float32, so that tokens are those of `encode`; so does the table of positions, which is no parameter.
+        for p in tokenizer.decoder.parameters():
+            p.data = p.data.bfloat16()
+    with autocast(pick_device(config.device), "bf16" if half else "fp32"):
+        return tokenizer.detokenize(tokens, config.timesteps, scale, generator=torch.Generator().manual_seed(config.seed)).float()
 
 
 def check_sampling(config):
     if config.timesteps < 1:
         raise UserError(f"--timesteps {config.timesteps}: expected at least 1")
+    in_bf16(config)
 
 
 def check_ks(ks, tokenizer):

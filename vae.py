@@ -34,6 +34,11 @@ from data import batches, open_data, spread
 # The network
 
 
+# The channels of a pixel lie side by side in memory while the networks run: convolutions keep the order they are given. On a busy
+# CPU 1.1 to 1.4 times as fast at 16 to 96 channels; at 128 to 512 in float32, 0.9 (encode) and 1.15 (decode). On CUDA untested.
+CHANNELS_LAST = torch.channels_last
+
+
 @dataclass
 class VAEConfig:
     """Shape of the VAE. Defaults are those of the official FlexTok VAEs, field names those of diffusers' config.json."""
@@ -45,6 +50,11 @@ class VAEConfig:
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+
+
+def norm_silu(norm, x):
+    """SiLU(norm(x)), over the norm's result where no gradient will ask for that: one feature map less at the peak."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResnetBlock(nn.Module):
@@ -59,9 +69,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        residual = self.conv1(F.silu(self.norm1(x)))
-        residual = self.conv2(F.silu(self.norm2(residual)))
-        return self.conv_shortcut(x) + residual
+        residual = self.conv1(norm_silu(self.norm1, x))
+        residual = norm_silu(self.norm2, residual)  # on a line of its own: what conv1 returned is then free before conv2 runs
+        residual = self.conv2(residual)
+        residual += self.conv_shortcut(x)
+        return residual
 
 
 class Attention(nn.Module):
@@ -153,7 +165,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)                                                              # (B, c_i, H/2^i, W/2^i)
         x = self.mid_block(x)                                                         # (B, c_last, h, w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                           # (B, 2C, h, w)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))                        # (B, 2C, h, w)
 
 
 class Decoder(nn.Module):
@@ -174,7 +186,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(latents))                                     # (B, c_last, h, w)
         for level in self.up_blocks:
             x = level(x)                                                              # (B, c_i, 2^i·h, 2^i·w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))                           # (B, 3, H, W)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))                        # (B, 3, H, W)
 
 
 class Posterior:
@@ -242,7 +254,7 @@ class VAE(nn.Module):
             if side % f:
                 raise ValueError(f"image side {side} is not a multiple of the VAE's factor {f}; resize or crop to "
                                  f"{max(side // f, 1) * f}")
-        return Posterior(self.quant_conv(self.encoder(images)))
+        return Posterior(self.quant_conv(self.encoder(images.contiguous(memory_format=CHANNELS_LAST))).contiguous())
 
     def latents(self, images, sample_posterior=False, generator=None):
         """images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), scaled: the posterior's mean, or a sample of it."""
@@ -251,7 +263,8 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """latents (B, C, h, w), scaled -> images (B, 3, H, W), in [-1, 1] but for a little overshoot (not clamped)."""
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        latents = (latents / self.config.scaling_factor).contiguous(memory_format=CHANNELS_LAST)
+        return self.decoder(self.post_quant_conv(latents)).contiguous()
 
     def forward(self, images, generator=None):
         """images (B, 3, H, W) -> reconstructions (B, 3, H, W) float32 from a posterior sample, and the `Posterior`."""
