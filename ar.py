@@ -12,18 +12,16 @@ Letters: B batch, T tokens, D width, nh hd heads and head size, V vocabulary, M 
 
     python ar.py            # prints who sees whom, and the sizes of the paper's priors          Next: train_ar.py
 """
-import copy
 import functools
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, load_tensors, load_weights, read_json, save_tensors, write_json
-from fsq import FSQ
 from text import CaptionEncoder
 
 
@@ -38,8 +36,7 @@ class GPTConfig:
     hidden: int = 0                   # of SwiGLU; 0: 8/3 of the width, rounded up to a multiple of 256
     classes: int = 0                  # how many classes it can be asked for; 0: none
     text_width: int = 0               # E, width of the text states it looks at; 0: no text
-    token_rank: int = 0               # 0: each token has a vector of its own, as official; else see TokenTable
-    levels: tuple = ()                # FSQ's, needed by token_rank
+    levels: tuple = ()                # FSQ's, to split tokens into two halves, see SplitHead; (): a vector for each, official
     cfg_scale: float = 1.0            # the guidance that its maker recommends; 1.0: none
     # what released checkpoints may do differently; the defaults are the paper's
     norm: str = "rms"                 # rms, layer, or layer_nobias
@@ -186,32 +183,59 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.norm_3(x))
 
 
-class TokenTable(nn.Module):
-    """A (V, D) table of token vectors, made of few numbers: [the token's FSQ digits, one-hot | rank numbers of its own] · mix.
+def split_sizes(levels):
+    """Of how many low and high halves the tokens are made: FSQ's first digits and its last, 8·8·8 = 512 and 5·5·5 = 125."""
+    middle = len(levels) // 2
+    return math.prod(levels[:middle]), math.prod(levels[middle:])
 
-    For small priors. 64,000 tokens are too many to meet each of them in a run of minutes, and two full tables would be most
-    of the model. But tokens are numbers of 6 digits, and neighbours mean about the same: what is learned about a digit is
-    learned for the thousands of tokens that have it. Not official; `GPT.expanded` writes the product out as the official table.
+
+class SplitEmbedding(nn.Module):
+    """Tokens (B, n) -> vectors (B, n, D): that of the token's low half plus that of its high half; token = low + 512·high.
+
+    For small priors. 64,000 tokens are too many to meet each of them in a run of minutes, and a table of them would be most of
+    the model. But a token is a number of 6 digits: each half is met a hundred times as often, and 637 vectors are enough.
     """
 
-    def __init__(self, levels, rank, width):
+    def __init__(self, levels, width):
         super().__init__()
-        with torch.device("cpu"):  # not in the file, so it must have its values even where weights are still to come ("meta")
-            fsq = FSQ(levels)
-            digits = torch.arange(fsq.vocab_size)[:, None] // fsq.basis % fsq.level_counts       # (V, L)
-            one_hot = torch.cat([F.one_hot(column, n) for column, n in zip(digits.T, fsq.levels)], 1)  # (V, S), S: sum of levels
-        self.register_buffer("digits", one_hot.float(), persistent=False)
-        self.own = nn.Parameter(torch.zeros(fsq.vocab_size, rank))
-        self.mix = nn.Parameter(torch.empty(sum(fsq.levels) + rank, width))
-
-    def features(self):
-        """(V, S + rank); times `mix` it is the whole table."""
-        return torch.cat([self.digits.to(self.own.dtype), self.own], 1)
+        self.low_size, high_size = split_sizes(levels)
+        self.low, self.high = nn.Embedding(self.low_size, width), nn.Embedding(high_size, width)
 
     def forward(self, tokens):
-        """tokens (B, n) -> vectors (B, n, D)."""
-        rows = torch.cat([F.embedding(tokens, self.digits).to(self.own.dtype), F.embedding(tokens, self.own)], -1)  # (B, n, S + rank)
-        return rows @ self.mix
+        return self.low(tokens % self.low_size) + self.high(tokens // self.low_size)
+
+
+class SplitHead(nn.Module):
+    """p(token) = p(low half) · p(high half, given the low one): two small softmaxes in place of one of 64,000.
+
+    Any distribution over the tokens can be written so. The loss needs 512 + 125 logits per token: with a full table it takes
+    more time than all blocks of a small prior. Not official, and cannot be written out as the official table.
+    """
+
+    def __init__(self, levels, width):
+        super().__init__()
+        low_size, high_size = split_sizes(levels)
+        self.low = nn.Linear(width, low_size)
+        self.given_low = nn.Embedding(low_size, width)
+        self.hidden = nn.Linear(width, width)
+        self.high = nn.Linear(width, high_size)
+
+    def of_high(self, x, low):
+        """x (..., D), the vectors of low halves (..., D) -> logits (..., high_size)."""
+        return self.high(F.silu(self.hidden(x) + low))
+
+    def forward(self, x):
+        """x (B, n, D) -> log p, which are logits, of all tokens: (B, n, V)."""
+        low = self.low(x).float().log_softmax(-1)                                 # (B, n, 512)
+        high = self.of_high(x[..., None, :], self.given_low.weight).float().log_softmax(-1)       # (B, n, 512, 125)
+        return (low[..., None] + high).transpose(-1, -2).flatten(-2)              # (B, n, 125·512), the low half fastest
+
+    def loss(self, x, targets):
+        """x (n, D), targets (n,) -> mean of -log p in nats, and each one's (n,), without gradient."""
+        low, high = targets % len(self.low.weight), targets // len(self.low.weight)
+        each = (F.cross_entropy(self.low(x).float(), low, reduction="none")
+                + F.cross_entropy(self.of_high(x, self.given_low(low)).float(), high, reduction="none"))  # (n,)
+        return each.mean(), each.detach()
 
 
 class Preprocessor(nn.Module):
@@ -219,8 +243,7 @@ class Preprocessor(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embedding = (TokenTable(config.levels, config.token_rank, config.width) if config.token_rank else
-                          nn.Embedding(config.vocab_size, config.width))
+        self.embedding = SplitEmbedding(config.levels, config.width) if config.levels else nn.Embedding(config.vocab_size, config.width)
         self.sos_token_embed = nn.Parameter(torch.empty(1, 1, config.width))
         self.positional_embedding = nn.Parameter(torch.empty(config.length, config.width)) if config.positions else None
         self.cls_embedding = nn.Embedding(config.classes, config.width) if config.classes else None
@@ -260,18 +283,17 @@ class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.width, eps=1e-5) if config.head_norm else nn.Identity()
-        self.linear = (TokenTable(config.levels, config.token_rank, config.width) if config.token_rank else
+        self.linear = (SplitHead(config.levels, config.width) if config.levels else
                        nn.Linear(config.width, config.vocab_size, bias="head" in config.biases))
 
-    def factors(self, x):
-        """x (..., D) -> x' (..., E), weight (V, E) and bias (V,) or None, whose F.linear are the logits; E is D for a plain table."""
-        x = self.norm(x)
-        if isinstance(self.linear, TokenTable):
-            return x @ self.linear.mix.T, self.linear.features(), None            # E = S + rank: fewer multiplications too
-        return x, self.linear.weight, self.linear.bias
-
     def forward(self, x):
-        return F.linear(*self.factors(x))
+        return self.linear(self.norm(x))
+
+    def loss(self, x, targets):
+        """x (n, D), targets (n,) -> mean cross-entropy in nats, and each one's (n,), without gradient."""
+        if isinstance(self.linear, SplitHead):
+            return self.linear.loss(self.norm(x), targets)
+        return cross_entropy(self.norm(x), self.linear.weight, self.linear.bias, targets)
 
 
 class TextMLP(nn.Module):
@@ -408,7 +430,7 @@ class GPT(nn.Module):
     def __init__(self, config, text_encoder=None):
         """text_encoder: a `CaptionEncoder` whose states the blocks look at; None if states are given from outside."""
         super().__init__()
-        if config.token_rank and math.prod(config.levels) != config.vocab_size:
+        if config.levels and math.prod(config.levels) != config.vocab_size:
             raise ValueError(f"levels {list(config.levels)} do not give a vocabulary of {config.vocab_size}")
         if config.width % config.head_dim:
             raise ValueError(f"width {config.width} is not a multiple of head_dim {config.head_dim}")
@@ -436,18 +458,15 @@ class GPT(nn.Module):
         for name, layer in self.trunk.named_modules():
             if name.endswith(("proj", "fc2")):
                 layer.weight.data *= (self.config.depth * (3 if self.config.text_width else 2)) ** -0.5
-        # beside factorised token vectors of std 0.3 and more, positions of std 0.02 would not be seen
-        start, table, head = self.preprocessor, self.preprocessor.embedding, self.head.linear
-        for parameter in (start.sos_token_embed, start.positional_embedding, start.cls_embedding and start.cls_embedding.weight):
+        # beside token vectors of std 0.3 and more, positions of std 0.02 would not be seen
+        start, split = self.preprocessor, bool(self.config.levels)
+        halves = [start.embedding.low.weight, start.embedding.high.weight] if split else []
+        for parameter in (start.sos_token_embed, start.positional_embedding, start.cls_embedding and start.cls_embedding.weight, *halves):
             if parameter is not None:
-                nn.init.normal_(parameter, std=0.3 if self.config.token_rank else 0.02)
+                nn.init.normal_(parameter, std=0.3 if split else 0.02)
         # a head that gives 0: all tokens equally likely, the first loss is ln V
-        if self.config.token_rank:
-            nn.init.normal_(table.mix, std=0.3)
-            nn.init.normal_(head.mix, std=self.config.width**-0.5)
-            nn.init.zeros_(head.mix.data[:-self.config.token_rank])
-        else:
-            nn.init.zeros_(head.weight)
+        for layer in (self.head.linear.low, self.head.linear.high) if split else (self.head.linear,):
+            nn.init.zeros_(layer.weight)
 
     @property
     def device(self):
@@ -478,8 +497,8 @@ class GPT(nn.Module):
 
     def loss(self, tokens, labels=None, text=None, text_mask=None):
         """Mean cross-entropy in nats per token, and that of each token (B, T), without gradient."""
-        x, weight, bias = self.head.factors(self.hidden(tokens, labels, text, text_mask))        # (B, T, E), (V, E)
-        mean, each = cross_entropy(x.flatten(0, 1), weight, bias, tokens.flatten())
+        x = self.hidden(tokens, labels, text, text_mask)                          # (B, T, D)
+        mean, each = self.head.loss(x.flatten(0, 1), tokens.flatten())            # (), (B·T,)
         return mean, each.view(tokens.shape)                                      # (B, T)
 
     def check(self, tokens, labels, text):
@@ -613,16 +632,6 @@ class GPT(nn.Module):
     def empty(self, shape, count):
         """`count` tensors of zeros (what lies behind the last position is masked, but must be a number)."""
         return tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(count))
-
-    def expanded(self):
-        """The same model with full tables in place of each `TokenTable`, as the released checkpoints have them."""
-        gpt = GPT(replace(self.config, token_rank=0, levels=()), copy.deepcopy(self.text_encoder)).to(self.device, self.dtype)
-        tensors = {name: x for name, x in self.state_dict().items() if not name.endswith((".own", ".mix"))}
-        for name, layer in self.named_modules():
-            if isinstance(layer, TokenTable):
-                tensors[f"{name}.weight"] = layer.features() @ layer.mix          # (V, D)
-        gpt.load_state_dict(tensors)
-        return gpt.train(self.training)
 
     def beside_null(self, text, text_mask, null_text):
         """Put the empty caption below B captions, padded to one length: states (2B, M, E), mask (2B, M)."""

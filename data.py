@@ -159,7 +159,7 @@ LIGHT = {"white": (255, 255, 255), "light grey": (215, 215, 215), "light blue": 
          "light green": (200, 235, 200), "cream": (250, 240, 205), "light pink": (250, 215, 225)}
 DARK = {"black": (15, 15, 15), "dark grey": (65, 65, 70), "dark blue": (20, 30, 80), "dark green": (15, 65, 40)}
 BACKGROUNDS = LIGHT | DARK
-RADII = {"small": 0.13, "medium": 0.20, "large": 0.29}  # of the image's side
+RADII = {"small": 0.17, "medium": 0.23, "large": 0.29}  # of the image's side; at 32 px a smaller star would be a blot
 EXTRA_KINDS = ["circle", "square", "triangle"]          # what a few pixels can still show
 PLACES = ["in the top left", "at the top", "in the top right", "on the left", "in the centre", "on the right",
           "in the bottom left", "at the bottom", "in the bottom right"]

@@ -464,10 +464,10 @@ class FlexTok(nn.Module):
         as many tokens go through encoder and decoder together, so that one with few tokens costs little more than 2·N, not
         2·(N + K): neither the first k registers nor the decoder look at those from k on, so these have no gradient either.
         """
-        # Each k goes into the group of the next power of two. Those up to K/16 share one: few, large groups, and a
-        # sixteenth of K more tokens. The null condition is group 0, which needs no encoder.
+        # Each k goes into the group of the next power of two. Those up to 16 share one: a small group costs more in calls
+        # than its few tokens save. The null condition is group 0, which needs no encoder.
         K = self.config.registers
-        group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(max(1, K // 16), K))  # (B,)
+        group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))  # (B,)
         order, velocities = [], []
         if self.one_group:  # as many calls on every process, whatever its k are: split weights are gathered in each
             group = torch.full_like(group, K)

@@ -799,8 +799,8 @@ def export_flexar(gpt, directory, dtype, tokenizer):
     """A `GPT` -> config.yaml and model.safetensors, as released priors have them."""
     if gpt.text_encoder is not None:
         raise UserError("this prior reads captions through its own caption encoder; the official form knows only T5's states")
-    if gpt.config.token_rank:
-        gpt = gpt.expanded()  # the official form knows only full tables of tokens
+    if gpt.config.levels:
+        raise UserError("this prior writes tokens in two halves (--split_tokens); the official form knows only full tables of tokens")
     path = os.path.join(directory, "config.yaml")
     tensors = gpt.state_dict()
     text = gpt.official

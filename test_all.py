@@ -43,7 +43,7 @@ import sample
 import train_ar
 import train_tokenizer
 import vae as vae_module
-from ar import GPT, GPTConfig, choose, cross_entropy, probabilities
+from ar import GPT, GPTConfig, choose, cross_entropy, probabilities, split_sizes
 from common import (Run, UserError, fit, from_cli, learning_rate, make_ema, psnr, read_image, replacing, save_grid, to_image,
                     to_tensor)
 from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, contrast, list_files, open_data, split_paths,
@@ -294,19 +294,19 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
 
 
 def test_grouping_small_k_and_leaving_out_the_encoder_of_null_samples_changes_nothing():
-    """Groups are k rounded up to a power of two, at least K/16; whole batches of null conditions too."""
+    """Groups are k rounded up to a power of two, at least 16; whole batches of null conditions too."""
     tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=64))
     seen = []
     tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
     latents, x_t, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6)
     k_keep, null = torch.tensor([1, 64, 3, 9, 2, 64]), torch.tensor([False, False, False, False, False, True])
     fast = tokenizer(latents, x_t, t, k_keep, null)
-    assert sorted(map(tuple, seen)) == [(1, 16), (1, 64), (3, 4)]
+    assert sorted(map(tuple, seen)) == [(1, 64), (4, 16)]
     codes, _ = tokenizer.fsq(plain_encoder(tokenizer.encoder, latents))
     assert (fast - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)).abs().max() < 1e-5
     everyone = torch.ones(6, dtype=torch.bool)
     assert (tokenizer(latents, x_t, t, k_keep, everyone) - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, everyone)).abs().max() < 1e-5
-    assert len(seen) == 3
+    assert len(seen) == 2
 
 
 @torch.no_grad()
@@ -1379,6 +1379,17 @@ def test_a_run_can_go_on_from_a_trained_tokenizer_of_the_same_sizes(tmp_path, ti
         train(tmp_path / "other", str(tmp_path / "vae"), init=first)
 
 
+def test_a_frozen_encoder_keeps_its_tokens_while_the_decoder_learns(tmp_path, tiny_vae):
+    first, then = str(tmp_path / "first"), str(tmp_path / "then")
+    for out, more in ((first, {}), (then, dict(init=first, freeze_encoder=True))):
+        train(out, tiny_vae, steps=3, **more)
+    before, after = FlexTok.from_pretrained(first), FlexTok.from_pretrained(then)
+    assert after.fingerprint() == before.fingerprint()
+    assert (after.decoder.head.weight - before.decoder.head.weight).abs().max() > 1e-4
+    with pytest.raises(UserError, match="--freeze_encoder: needs --init"):
+        train(tmp_path / "other", tiny_vae, freeze_encoder=True)
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, tiny_vae):
     out = str(tmp_path / "run")
     train(out, tiny_vae, stop_at=1)
@@ -1832,26 +1843,39 @@ def test_making_a_prior_leaves_its_caption_encoder_alone():
     assert all(torch.equal(x, before[name]) for name, x in gpt.text_encoder.state_dict().items())
 
 
-@torch.no_grad()
-def test_a_table_of_few_numbers_is_a_table_and_can_be_written_out(tmp_path):
-    gpt = GPT(GPTConfig(vocab_size=60, length=4, width=32, depth=1, head_dim=16, classes=3, token_rank=5, levels=(4, 3, 5)))
-    mean, _ = gpt.loss(torch.randint(60, (2, 4)))
-    assert abs(mean.item() - math.log(60)) < 1e-5  # begins with a guess, as the full table does
-    for table in (gpt.preprocessor.embedding, gpt.head.linear):
-        torch.nn.init.normal_(table.own)
-        torch.nn.init.normal_(table.mix)
-    table, token = gpt.head.linear, 2 + 4 * 1 + 12 * 3  # digits 2, 1, 3
-    row = table.mix[2] + table.mix[4 + 1] + table.mix[4 + 3 + 3] + table.own[token] @ table.mix[12:]
-    assert torch.allclose((table.features() @ table.mix)[token], row, atol=1e-5)
+def test_tokens_in_two_halves_are_tokens(tmp_path):
+    gpt = GPT(GPTConfig(vocab_size=60, length=4, width=32, depth=1, head_dim=16, classes=3, levels=(4, 3, 5)))
     tokens, labels = torch.randint(60, (2, 4)), torch.tensor([1, -1])
-    full = gpt.expanded()
-    assert torch.allclose(full(tokens, labels), gpt(tokens, labels), atol=1e-4)
-    assert full.state_dict().keys() == GPT(full.config).state_dict().keys() and full.config.token_rank == 0
-    assert torch.equal(full.generate(labels=labels, temperature=0), gpt.generate(labels=labels, temperature=0))
-    export_official(gpt, str(tmp_path))
-    assert torch.allclose(GPT.from_pretrained(str(tmp_path))(tokens, labels), gpt(tokens, labels), atol=1e-4)
+    mean, _ = gpt.loss(tokens, labels)
+    assert abs(mean.item() - math.log(60)) < 1e-5  # begins with a guess, as the full table does
+    for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    # the head: log p of every token, which sums to 1, and the loss is minus that of the target
+    logits = gpt(tokens, labels)                                                  # (2, 4, 60)
+    assert torch.allclose(logits.exp().sum(-1), torch.ones(2, 4), atol=1e-5)
+    mean, each = gpt.loss(tokens, labels)
+    assert torch.allclose(each, -logits.gather(-1, tokens[..., None])[..., 0], atol=1e-5)
+    plain = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    for ours, by_hand in zip(torch.autograd.grad(mean, list(gpt.head.parameters())), torch.autograd.grad(plain, list(gpt.head.parameters()))):
+        assert torch.allclose(ours, by_hand, atol=1e-6)
+    # token 2 + 4·14: its low half is FSQ's first digit, 2, its high half the other two, 14
+    embedding = gpt.preprocessor.embedding
+    assert torch.equal(embedding(torch.tensor([[58]]))[0, 0], embedding.low.weight[2] + embedding.high.weight[14])
+    assert split_sizes((4, 3, 5)) == (4, 15) and split_sizes((8, 8, 8, 5, 5, 5)) == (512, 125)
+    gpt.save_pretrained(str(tmp_path))
+    assert torch.equal(GPT.from_pretrained(str(tmp_path)).generate(labels=labels, temperature=0), gpt.generate(labels=labels, temperature=0))
+    with pytest.raises(UserError, match="two halves"):
+        export_official(gpt, str(tmp_path / "official"))
     with pytest.raises(ValueError, match="vocabulary"):
         GPT(dataclasses.replace(gpt.config, vocab_size=61))
+
+
+def test_the_length_of_a_step_is_a_power_of_two_drawn_from_seed_and_step():
+    config = train_ar.ARConfig(nested_length=True)
+    lengths = [train_ar.nested_length(config, step, 12) for step in range(200)]
+    assert set(lengths) == {1, 2, 4, 8, 12} and min(lengths.count(n) for n in set(lengths)) > 20
+    assert lengths == [train_ar.nested_length(config, step, 12) for step in range(200)]
+    assert {train_ar.nested_length(train_ar.ARConfig(), step, 12) for step in range(20)} == {12}
 
 
 @pytest.mark.parametrize("call, words", [
@@ -1951,7 +1975,7 @@ def test_captions_become_bytes_with_an_end():
 
 TINY_PRIOR = dict(data="shapes", views=1, width=32, depth=1, head_dim=16, caption_width=32, caption_depth=1, steps=10, batch_size=8,
                   warmup=2, lr=3e-3, ema_decay=0.5, log_every=2, eval_every=100, eval_images=16, precision="fp32", device="cpu",
-                  token_rank=3)
+                  split_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -2099,6 +2123,12 @@ def test_conditions_are_dropped_as_often_as_said_and_independently_of_the_number
         assert abs(share.float().mean() - want) < 0.03
     only = train_ar.drop_conditions(train_ar.ARConfig(condition=("class",)), labels, captions, 5, Run(torch.device("cpu")))
     assert only[1] is None and abs((only[0] == -1).float().mean() - 0.1) < 0.02
+    config = train_ar.ARConfig(condition=("text",), condition_dropout=0.0, word_dropout=0.5)
+    _, one_c = train_ar.drop_conditions(config, labels, ["a red star"] * 4000, 5, Run(torch.device("cpu")))
+    two = [train_ar.drop_conditions(config, labels[:2000], ["a red star"] * 2000, 5, Run(torch.device("cpu"), r, 2))[1] for r in range(2)]
+    assert one_c == two[0] + two[1] and set(one_c) == {"a", "red", "star", "a red", "a star", "red star", "a red star"}
+    # a coin for each word of half of the captions; none left counts as all: 1/2 + 1/2·(1/8 + 1/8)
+    assert abs(one_c.count("a red star") / 4000 - 0.625) < 0.03
 
 
 def test_mup_slows_matrices_down_and_nothing_else():
@@ -2242,7 +2272,7 @@ def judge(tokenizer_directory, prior_directory, n=256, steps=1200):
 
 @torch.no_grad()
 def copies(tokenizer_directory, prior_directory, n=100):
-    """Print how many generated emoji are near copies of training ones.
+    """Print how many generated emoji are near copies of training ones, and how many show what their caption says.
 
     Near: no further from a training emoji, in the VAE's latents, than the tokenizer's rebuilding (all tokens) of a training
     emoji typically is from its original. For comparison, the same for rebuilt held-out emoji.
@@ -2257,12 +2287,21 @@ def copies(tokenizer_directory, prior_directory, n=100):
     known, some = latents_of(training), torch.arange(n) * len(training) // n      # (1720, C·h·w)
     near = (drawn(tokenizer.tokenize(training[some])) - known[some]).norm(dim=1).median()
     temperature = common.read_json(os.path.join(prior_directory, "config.json")).get("sampling", {}).get("temperature", 1.0)
-    generated = gpt.generate(labels=torch.arange(n) % gpt.config.classes, cfg_scale=gpt.config.cfg_scale, temperature=temperature,
-                             generator=torch.Generator().manual_seed(0))
+    def written(**condition):
+        return gpt.generate(**condition, cfg_scale=gpt.config.cfg_scale, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    generated = written(labels=torch.arange(n) % gpt.config.classes)              # (n, K)
     for name, tokens in (("generated", list(generated.split(1))), ("rebuilt held-out", tokenizer.tokenize(held_out[:n]))):
         nearest = torch.cdist(drawn(tokens), known).min(1).values                 # (n,)
         print(f"{name}: {(nearest <= near).sum()} of {n} are near copies; nearest {nearest.min() / near:.2f} to {nearest.max() / near:.2f}, "
               f"median {nearest.median() / near:.2f} times the distance of a rebuilt training emoji")
+    # does it draw what the caption says? The training emoji that is nearest answers
+    train, other = (Emoji(max(tokenizer.image_size), split, augment=False) for split in ("train", "held_out"))
+    for name, dataset, rows in (("training", train, some.tolist()), ("held-out", other, range(n))):
+        text, mask = gpt.encode_text([dataset.caption(i) for i in rows])
+        nearest = torch.cdist(drawn(written(text=text, text_mask=mask).split(1)), known).argmin(1).tolist()  # n
+        right = sum(train.label(j) == dataset.label(i) for i, j in zip(rows, nearest))
+        same = sum(i == j for i, j in zip(rows, nearest)) if dataset is train else 0
+        print(f"by {name} captions: nearest to the emoji asked for {same}, to one of its category {right} of {n}")
 
 
 def test_the_judge_counts_what_is_right():

@@ -5,7 +5,7 @@ Train the prior: a GPT that writes the tokens of a trained tokenizer, by class a
                                 labels, captions ------------>   loss = -log p(token)
 
 Paper: FlexTok, arXiv 2502.13967, section 3.3. Differences: no dropout inside the network; captions are read by a small byte
-encoder that is trained along, not by a frozen T5; small priors use smaller tables of tokens (`TokenTable` in ar.py).
+encoder that is trained along, not by a frozen T5; small priors split each token into two halves (`SplitHead` in ar.py).
 
     python train_ar.py --preset cpu                                              # after train_tokenizer.py --preset cpu
     python train_ar.py --preset emoji64-cpu
@@ -55,9 +55,13 @@ class ARConfig:
     caption_width: int = 128             # of the caption encoder
     caption_depth: int = 2               # of the caption encoder
     caption_bytes: int = 128             # longer captions are cut
-    token_rank: int = 0                  # 0: tables with a vector for each token, official; 16 for small priors: see TokenTable
+    split_tokens: bool = False           # write each token as two halves, which small priors learn faster: see SplitHead in ar.py
     # method
     condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
+    word_dropout: float = 0.0            # chance per caption that each of its words is taken away or not by a coin: so words are
+                                         # learned too, not only whole captions
+    nested_length: bool = False          # train each step on the first 1, 2, 4, ... or all tokens, drawn anew: cheaper, and token 1,
+                                         # which decides most, is learned as often as all others together
     # optimisation
     steps: int = 100_000                 # optimizer steps
     batch_size: int = 256                # images per step over all processes and micro-batches
@@ -87,15 +91,15 @@ PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("cl
              steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
     # Two CPU cores, on the tokenizer of train_tokenizer.py --preset cpu: see README.md for the time and what it reaches
-    "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=2, width=128, depth=4, head_dim=32, caption_width=64,
-                token_rank=16, steps=1200, batch_size=64, lr=2e-3, warmup=60, ema_decay=0.99, log_every=50, eval_every=600),
+    "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=3, width=128, depth=4, head_dim=32, caption_width=64,
+                split_tokens=True, steps=5600, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2800),
     # Two CPU cores, on the shipped tokenizer. Small enough to be shipped itself; in minutes it can only learn by heart
     "emoji64-cpu": dict(data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=1, augment=False, width=192, depth=4,
-                        head_dim=48, caption_width=96, token_rank=12, steps=1600, batch_size=32, lr=2e-3, warmup=80, ema_decay=0.99,
-                        log_every=50, eval_every=400),
+                        head_dim=48, caption_width=96, split_tokens=True, word_dropout=0.3, nested_length=True,
+                        steps=6000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.995, log_every=100, eval_every=1500),
     # One GPU: meant for minutes on one; not run here, so neither time nor quality is known
     "emoji64": dict(data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior-gpu", views=64, width=384, depth=6,
-                    token_rank=16, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+                    split_tokens=True, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
     **{name: dict(PAPER, width=width, depth=depth, out=f"out/prior-{name}") for name, (width, depth) in SIZES.items()},
 }
 RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "cfg_scale", "resume", "stop_at",
@@ -231,7 +235,7 @@ def build_prior(config, tokenizer, classes):
     return GPT(GPTConfig(
         vocab_size=tokenizer.fsq.vocab_size, length=config.length or tokenizer.config.registers, width=config.width, depth=config.depth,
         head_dim=config.head_dim, classes=classes if "class" in config.condition else 0, text_width=config.caption_width if text else 0,
-        token_rank=config.token_rank, levels=tokenizer.config.levels if config.token_rank else (), cfg_scale=config.cfg_scale), text)
+        levels=tokenizer.config.levels if config.split_tokens else (), cfg_scale=config.cfg_scale), text)
 
 
 class Loss(nn.Module):
@@ -261,8 +265,23 @@ def drop_conditions(config, labels, captions, step, run):
     both = set(config.condition) == {"class", "text"}
     no_class, no_text = (dropped | both & (which == w) for w in (0, 1))            # (B,) each
     labels = torch.where(no_class[mine], -1, labels) if "class" in config.condition else None
-    captions = ["" if no else caption for no, caption in zip(no_text[mine], captions)] if "text" in config.condition else None
+    fewer = (torch.rand(b * run.world, generator=generator) < config.word_dropout)[mine]          # (b,)
+    coins = torch.rand(b * run.world, 64, generator=generator)[mine] < 0.5        # (b, 64)
+    captions = ["" if no else some_words(caption, coin) if few else caption
+                for no, few, coin, caption in zip(no_text[mine], fewer, coins, captions)] if "text" in config.condition else None
     return labels, captions
+
+
+def some_words(caption, keep):
+    """The words of a caption for which `keep`, a list of bools, says so; all of them if that would be none."""
+    words = caption.split()
+    return " ".join([word for word, kept in zip(words, keep) if kept] or words)
+
+
+def nested_length(config, step, T):
+    """How many tokens step `step` trains on: T, or with --nested_length one of 1, 2, 4, ..., T, the same on all processes."""
+    lengths = powers_of_two(T) if config.nested_length else [T]
+    return lengths[torch.randint(len(lengths), (), generator=torch.Generator().manual_seed((config.seed << 32) + step))]
 
 
 def parameter_groups(model, config):
@@ -275,7 +294,7 @@ def parameter_groups(model, config):
     through lr and so shrinks with it; it is not scaled back.
     """
     def group_of(name, p):
-        if p.dim() != 2 or any(word in name for word in ("embedding", "positions")):
+        if p.dim() != 2 or any(word in name for word in ("embedding", "positions", "given_low")):
             return 0
         return 1 if name.startswith(("text_encoder.", "text_mlp.")) else 2
     groups = [[p for name, p in model.named_parameters() if p.requires_grad and group_of(name, p) == i] for i in range(3)]
@@ -391,6 +410,7 @@ def main(config):
         seed_step(config.seed, step, run)
         tokens, labels, indices = next(stream)                                    # (b, K), (b,), (b,)
         tokens = tokens[:, :T].to(run.device, non_blocking=True)                  # (b, T)
+        n = nested_length(config, step, T)
         if step == 0 and run.is_main:  # what it is to learn: looking at it finds most data bugs
             shown = tokenizer.detokenize(list(tokens[:16]), guidance_scale=recommended_guidance(config.tokenizer),
                                          generator=torch.Generator().manual_seed(0))
@@ -402,8 +422,8 @@ def main(config):
             part = slice(i, i + micro)
             model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
             with autocast(run.device, config.precision), attention_kernel(run.device):
-                loss, losses = model(tokens[part], None if labels is None else labels[part],
-                                     None if captions is None else captions[part])  # (), (micro, T)
+                loss, losses = model(tokens[part, :n], None if labels is None else labels[part],
+                                     None if captions is None else captions[part])  # (), (micro, n)
             # FORK: another objective
             (loss * micro / b).backward()
             s, c = by_position(losses)                                            # (4,)
@@ -460,12 +480,14 @@ def check(config, run):
     """Raise UserError for settings that cannot work, before anything is trained or written."""
     for names, least in ((("steps", "batch_size", "log_every", "eval_every", "eval_images", "warmup", "views", "width", "depth",
                            "head_dim", "caption_width", "caption_depth", "caption_bytes"), 1),
-                         (("length", "micro_batch", "workers", "mup_base_width", "token_rank", "seed"), 0)):
+                         (("length", "micro_batch", "workers", "mup_base_width", "seed"), 0)):
         for name in names:
             if getattr(config, name) < least:
                 raise UserError(f"--{name} {getattr(config, name)}: expected at least {least}")
     if not 0 <= config.condition_dropout < 1:
         raise UserError(f"--condition_dropout {config.condition_dropout}: expected at least 0 and less than 1")
+    if not 0 <= config.word_dropout <= 1:
+        raise UserError(f"--word_dropout {config.word_dropout}: expected 0 to 1")
     if config.seed >= 2**31:
         raise UserError(f"--seed {config.seed}: expected less than 2147483648")
     if not 0 < config.lr < 1:
