@@ -225,10 +225,10 @@ class SplitHead(nn.Module):
         return self.high(F.silu(self.hidden(x) + low))
 
     def forward(self, x):
-        """x (B, n, D) -> log p, which are logits, of all tokens: (B, n, V)."""
-        low = self.low(x).float().log_softmax(-1)                                 # (B, n, 512)
-        high = self.of_high(x[..., None, :], self.given_low.weight).float().log_softmax(-1)       # (B, n, 512, 125)
-        return (low[..., None] + high).transpose(-1, -2).flatten(-2)              # (B, n, 125·512), the low half fastest
+        """x (..., D) -> log p, which are logits, of all tokens: (..., V)."""
+        low = self.low(x).float().log_softmax(-1)                                 # (..., 512)
+        high = self.of_high(x[..., None, :], self.given_low.weight).float().log_softmax(-1)       # (..., 512, 125)
+        return (low[..., None] + high).transpose(-1, -2).flatten(-2)              # (..., 125·512), the low half fastest
 
     def loss(self, x, targets):
         """x (n, D), targets (n,) -> mean of -log p in nats, and each one's (n,), without gradient."""

@@ -498,7 +498,7 @@ class FlexTok(nn.Module):
         official code does. Asking for k tokens costs less and gives the first k of all of them.
         """
         images = images.to(self.decoder.mask_token.device)
-        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in vae_slices(images, images[0, 0].numel())])  # (B, C, h, w)
+        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in vae_slices(images, images.shape[-2] * images.shape[-1])])  # (B, C, h, w)
         _, tokens = self.fsq(self.encoder(latents, k))
         return list(tokens.split(1))                                              # B x (1, k)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ar import GPT
-from common import (UserError, autocast, command, draw_grid, fit, from_cli, pick_device, psnr, read_image, read_json, recommended_guidance, replacing,
+from common import (UserError, autocast, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image, read_json, recommended_guidance, replacing,
                     save_animation, save_grid, to_image,
                     to_tensor, write_json)
 from data import Emoji, list_files, spread
@@ -42,7 +42,7 @@ class Reconstruct:
     seed: int = 0                    # of the sampler's noise
     checkpoint: str = SHIPPED        # directory of a tokenizer
     device: str = "auto"             # auto, cpu, cuda, mps
-    precision: str = "auto"          # of the flow decoder: fp32 or bf16; auto: bf16 on CUDA, else fp32
+    precision: str = "auto"          # of the flow decoder: fp32 or bf16; auto: bf16 on CUDA from Ampere on, else fp32
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Generate:
     out: str = "out/generate.png"    # the picture to write; with --stream a .webp or .gif
     label: str = ""                  # class to draw, its number or its name
     text: tuple = ("",)              # sentences to draw, in turn
-    n: int = 8                       # how many images
+    n: int = 10                      # how many images
     k: int = 0                       # tokens to write; 0: all
     cfg_scale: float = 0.0           # guidance of the prior; 1.0: none; 0.0: what the prior recommends
     temperature: float = -1.0        # below 1.0: more typical, less varied; 0.0: the likeliest token; -1.0: what the prior recommends
@@ -64,7 +64,7 @@ class Generate:
     checkpoint: str = SHIPPED        # directory of a tokenizer
     prior: str = os.path.join(SHIPPED, "prior")  # directory of a prior trained on its tokens
     device: str = "auto"             # auto, cpu, cuda, mps
-    precision: str = "auto"          # of the flow decoder and the prior: fp32 or bf16; auto: bf16 on CUDA, else fp32
+    precision: str = "auto"          # of the flow decoder and the prior: fp32 or bf16; auto: bf16 on CUDA from Ampere on, else fp32
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Decode:
     seed: int = 0                    # of the sampler's noise
     checkpoint: str = SHIPPED        # directory of a tokenizer
     device: str = "auto"             # auto, cpu, cuda, mps
-    precision: str = "auto"          # of the flow decoder: fp32 or bf16; auto: bf16 on CUDA, else fp32
+    precision: str = "auto"          # of the flow decoder: fp32 or bf16; auto: bf16 on CUDA from Ampere on, else fp32
 
 
 def reconstruct(config):
@@ -225,8 +225,9 @@ def load(config):
 
 def in_bf16(config):
     """Whether to sample in bfloat16. On a CPU only if asked: the README's pictures and numbers are of float32."""
-    autocast(torch.device("cpu"), config.precision)  # refuses other words
-    return config.precision == "bf16" or config.precision == "auto" and pick_device(config.device).type == "cuda"
+    device = pick_device(config.device)
+    autocast(device, config.precision)  # refuses other words
+    return config.precision == "bf16" or config.precision == "auto" and device.type == "cuda" and has_native_bf16(device)
 
 
 def sample(tokenizer, tokens, config):

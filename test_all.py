@@ -1501,7 +1501,8 @@ def test_training_split_over_two_processes_is_that_of_one_and_its_checkpoint_is_
     metrics = train(tmp_path / "whole", tiny_vae, **both)
     train(tmp_path / "begun", tiny_vae, stop_at=5, **both)
     runs = [dict(out="split"), dict(out="parts", stop_at=5), dict(out="parts", resume=True),
-            dict(out="begun", resume=True, micro_batch=2, checkpoint_blocks=True)]
+            dict(out="begun", resume=True, micro_batch=2, checkpoint_blocks=True),
+            dict(out="frozen", init="split", freeze_encoder=True, steps=2, precision="bf16", checkpoint_blocks=True)]
     (tmp_path / "run.py").write_text(SPLIT)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py", HERE,
                            json.dumps([{**TINY, **both, "vae": tiny_vae, **run} for run in runs])], cwd=tmp_path,
@@ -1523,6 +1524,8 @@ def test_training_split_over_two_processes_is_that_of_one_and_its_checkpoint_is_
     assert train(tmp_path / "parts", tiny_vae, resume=True, **both) == {}  # one process opens it; nothing is left to do
     for name, x in load_file(tmp_path / "split/model.safetensors").items():
         assert torch.equal(x, split["ema"]["module." + name]), name
+    before, after = (FlexTok.from_pretrained(str(tmp_path / name)) for name in ("split", "frozen"))
+    assert before.fingerprint() == after.fingerprint() and not torch.equal(before.decoder.mask_token, after.decoder.mask_token)
     psnr = json.loads((tmp_path / "split/config.json").read_text())["metrics"]["psnr"]
     assert max(abs(a - b) for a, b in zip(psnr, metrics["psnr"], strict=True)) < 1e-3
 
@@ -1561,8 +1564,9 @@ def test_a_slow_save_does_not_hold_up_training_and_writes_what_was(tmp_path, mon
     assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == 4
     agreed, calls = module.StopRequest.agreed, []
     monkeypatch.setattr(module.StopRequest, "agreed", lambda stop, run: calls.append(1) or len(calls) == 2 or agreed(stop, run))
+    written = torch.load(tmp_path / "step2.pt", weights_only=True)  # now: the next run's writer puts a file there too
     start(tmp_path / "other", steps=4)
-    written, stopped = (torch.load(path, weights_only=True) for path in (tmp_path / "step2.pt", tmp_path / "other/resume.pt"))
+    stopped = torch.load(tmp_path / "other/resume.pt", weights_only=True)
     for name, x in written["ema"].items():
         assert torch.equal(x, stopped["ema"][name]), name
 

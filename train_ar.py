@@ -60,8 +60,8 @@ class ARConfig:
     condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
     word_dropout: float = 0.0            # chance per caption that each of its words is taken away or not by a coin: so words are
                                          # learned too, not only whole captions
-    nested_length: bool = False          # train each step on the first 1, 2, 4, ... or all tokens, drawn anew: cheaper, and token 1,
-                                         # which decides most, is learned as often as all others together
+    nested_length: bool = False          # train each step on the first 1, 2, 4, ... or all tokens, drawn anew: cheaper, and a third of
+                                         # the loss (of 32 tokens) is then that of token 1, which decides most
     # optimisation
     steps: int = 100_000                 # optimizer steps
     batch_size: int = 256                # images per step over all processes and micro-batches
@@ -90,10 +90,11 @@ class ARConfig:
 PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("class",), views=10, batch_size=1024, micro_batch=64,
              steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
-    # Two CPU cores, on the tokenizer of train_tokenizer.py --preset cpu: see README.md for the time and what it reaches
+    # One thread of a cloud CPU, on the tokenizer of train_tokenizer.py --preset cpu: 17 minutes of CPU time. A batch of 64 for half
+    # the steps takes as long and learns less
     "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=3, width=128, depth=4, head_dim=32, caption_width=64,
                 split_tokens=True, steps=5600, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2800),
-    # Two CPU cores, on the shipped tokenizer. Small enough to be shipped itself; in minutes it can only learn by heart
+    # The same thread, on the shipped tokenizer: 21 minutes of CPU time. Small enough to be shipped itself; it can only learn by heart
     "emoji64-cpu": dict(data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=1, augment=False, width=192, depth=4,
                         head_dim=48, caption_width=96, split_tokens=True, word_dropout=0.3, nested_length=True,
                         steps=6000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.995, log_every=100, eval_every=1500),
@@ -266,14 +267,14 @@ def drop_conditions(config, labels, captions, step, run):
     no_class, no_text = (dropped | both & (which == w) for w in (0, 1))            # (B,) each
     labels = torch.where(no_class[mine], -1, labels) if "class" in config.condition else None
     fewer = (torch.rand(b * run.world, generator=generator) < config.word_dropout)[mine]          # (b,)
-    coins = torch.rand(b * run.world, 64, generator=generator)[mine] < 0.5        # (b, 64)
+    coins = torch.rand(b * run.world, config.caption_bytes, generator=generator)[mine] < 0.5  # (b, at least one for each word)
     captions = ["" if no else some_words(caption, coin) if few else caption
                 for no, few, coin, caption in zip(no_text[mine], fewer, coins, captions)] if "text" in config.condition else None
     return labels, captions
 
 
 def some_words(caption, keep):
-    """The words of a caption for which `keep`, a list of bools, says so; all of them if that would be none."""
+    """The words of a caption for which `keep`, bools (at least as many), says so; all of them if that would be none."""
     words = caption.split()
     return " ".join([word for word, kept in zip(words, keep) if kept] or words)
 
@@ -281,7 +282,7 @@ def some_words(caption, keep):
 def nested_length(config, step, T):
     """How many tokens step `step` trains on: T, or with --nested_length one of 1, 2, 4, ..., T, the same on all processes."""
     lengths = powers_of_two(T) if config.nested_length else [T]
-    return lengths[torch.randint(len(lengths), (), generator=torch.Generator().manual_seed((config.seed << 32) + step))]
+    return lengths[np.random.default_rng((config.seed, step)).integers(len(lengths))]
 
 
 def parameter_groups(model, config):
@@ -390,6 +391,7 @@ def main(config):
               f"{config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}", flush=True)
 
     def save(step, metrics):
+        background.wait()  # one copy of everything at a time
         state = snapshot(dict(model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step))
         notes = dict(train=asdict(config), classes=dataset.classes, step=step, metrics=metrics, tokenizer=tokenizer.fingerprint(), **provenance())
         with torch.device("meta"):  # shapes without memory
@@ -456,7 +458,8 @@ def main(config):
             seconds, logged = time.time(), done  # evaluation does not count as training time
         if stopping:
             if run.is_main:
-                save(done, metrics)
+                if not evaluating:
+                    save(done, metrics)
                 background.wait()
                 print(f"stopped after step {done}; go on with --resume")
             metrics = {}

@@ -110,7 +110,8 @@ PRESETS = {
                 enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
                 autoencoder_share=0.4, nested_dropout="uniform_pow2",
                 steps=4000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000),
-    # The shipped weights are 3,305 of these steps, which took 60 minutes on one busy thread of such a CPU, and others: README.md
+    # The shipped weights are 3,305 of these steps, which took 60 minutes on one busy thread of such a CPU, and three more runs:
+    # assets/emoji64/train.sh
     "emoji64-cpu": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
                         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=32,
                         autoencoder_share=0.2, nested_dropout="uniform_pow2",
@@ -178,7 +179,8 @@ def shard(tokenizer, config, run):
     for unit in [*modulations, *tokenizer.encoder.blocks, *tokenizer.decoder.blocks]:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     for trunk in (tokenizer.encoder, tokenizer.decoder):
-        fully_shard(trunk, mesh=mesh)  # what is in no unit
+        # What is in no unit. Dropped after the forward pass too: of a frozen encoder there is no backward pass to do it
+        fully_shard(trunk, mesh=mesh, reshard_after_forward=True)
     tokenizer.fsq.to(run.device)
     tokenizer.one_group = True
 
@@ -416,7 +418,9 @@ def main(config):
                 grad_norm=grad_norm.item(), images_per_s=rate * config.batch_size, eta=clock((config.steps - done) / rate))
             seconds, logged = time.time(), done
             sums.zero_(), counts.zero_()
-        if evaluating or stopping:  # the main process does it; the others send it what is split
+        if evaluating or stopping:
+            background.wait()  # one copy of everything at a time
+            # the main process evaluates and saves; the others send it what is split
             state = snapshot(dict(model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=done), run.is_main)
             if evaluating and run.is_main:
                 averaged = fill_with_average(unloaded(raw.config, vae.config), state["ema"]).to(run.device)

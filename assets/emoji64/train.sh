@@ -1,0 +1,28 @@
+#!/bin/sh
+# How the weights in this folder were made, on two threads of a cloud CPU: run it in the repository's folder. Times are in README.md.
+set -e
+# stage 0
+python vae.py --preset emoji64
+# stage 1: all tokens first, then more weight on few, then the decoder alone, twice
+python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
+python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
+    --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
+python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-b --out out/emoji64-c --freeze_encoder \
+    --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 1e-3 --warmup 100 --steps 5000
+python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-c --out out/emoji64-d --freeze_encoder \
+    --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 8e-4 --warmup 50 --steps 2200
+python - <<'END'
+import torch
+from model import FlexTok
+FlexTok.from_pretrained("out/emoji64-d").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
+END
+# stage 2
+python train_ar.py --preset emoji64-cpu
+python - <<'END'
+import torch
+from ar import GPT
+from common import read_json
+notes = read_json("out/emoji64-prior/config.json")
+GPT.from_pretrained("out/emoji64-prior").save_pretrained("assets/emoji64/prior", torch.float16, classes=notes["classes"],
+                                                         tokenizer=notes["tokenizer"], sampling={"temperature": 0.5})
+END
