@@ -202,14 +202,14 @@ class SplitEmbedding(nn.Module):
         self.low, self.high = nn.Embedding(self.low_size, width), nn.Embedding(high_size, width)
 
     def forward(self, tokens):
-        return self.low(tokens % self.low_size) + self.high(tokens // self.low_size)
+        return self.low(tokens % self.low_size) + self.high(tokens // self.low_size)              # (B, n, D)
 
 
 class SplitHead(nn.Module):
     """p(token) = p(low half) · p(high half, given the low one): two small softmaxes in place of one of 64,000.
 
     Any distribution over the tokens can be written so. The loss needs 512 + 125 logits per token: with a full table it takes
-    more time than all blocks of a small prior. Not official, and cannot be written out as the official table.
+    more time than all blocks of a small prior. Sizes below are those of the usual levels. Not official, and cannot be written out as the official table.
     """
 
     def __init__(self, levels, width):
@@ -222,7 +222,7 @@ class SplitHead(nn.Module):
 
     def of_high(self, x, low):
         """x (..., D), the vectors of low halves (..., D) -> logits (..., high_size)."""
-        return self.high(F.silu(self.hidden(x) + low))
+        return self.high(F.silu(self.hidden(x) + low))                            # (..., high_size)
 
     def forward(self, x):
         """x (..., D) -> log p, which are logits, of all tokens: (..., V)."""
@@ -232,7 +232,7 @@ class SplitHead(nn.Module):
 
     def loss(self, x, targets):
         """x (n, D), targets (n,) -> mean of -log p in nats, and each one's (n,), without gradient."""
-        low, high = targets % len(self.low.weight), targets // len(self.low.weight)
+        low, high = targets % len(self.low.weight), targets // len(self.low.weight)               # (n,) each
         each = (F.cross_entropy(self.low(x).float(), low, reduction="none")
                 + F.cross_entropy(self.of_high(x, self.given_low(low)).float(), high, reduction="none"))  # (n,)
         return each.mean(), each.detach()

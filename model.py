@@ -468,9 +468,9 @@ class FlexTok(nn.Module):
         # than its few tokens save. The null condition is group 0, which needs no encoder.
         K = self.config.registers
         group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))  # (B,)
-        order, velocities = [], []
         if self.one_group:  # as many calls on every process, whatever its k are: split weights are gathered in each
             group = torch.full_like(group, K)
+        order, velocities = [], []
         for k in group.unique().tolist():
             members = (group == k).nonzero().squeeze(1)                           # (b,)
             order.append(members)

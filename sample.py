@@ -21,9 +21,8 @@ import numpy as np
 import torch
 
 from ar import GPT
-from common import (UserError, autocast, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image, read_json, recommended_guidance, replacing,
-                    save_animation, save_grid, to_image,
-                    to_tensor, write_json)
+from common import (UserError, autocast, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image, read_json,
+                    recommended_guidance, replacing, save_animation, save_grid, to_image, to_tensor, write_json)
 from data import Emoji, list_files, spread
 from model import FlexTok, powers_of_two
 

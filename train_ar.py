@@ -61,7 +61,8 @@ class ARConfig:
     word_dropout: float = 0.0            # chance per caption that each of its words is taken away or not by a coin: so words are
                                          # learned too, not only whole captions
     nested_length: bool = False          # train each step on the first 1, 2, 4, ... or all tokens, drawn anew: cheaper, and a third of
-                                         # the loss (of 32 tokens) is then that of token 1, which decides most
+                                         # the loss (of 32 tokens) is then that of token 1, which decides most. The logged
+                                         # loss mixes lengths; loss_by_position does not
     # optimisation
     steps: int = 100_000                 # optimizer steps
     batch_size: int = 256                # images per step over all processes and micro-batches
@@ -91,7 +92,7 @@ PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("cl
              steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
     # One thread of a cloud CPU, on the tokenizer of train_tokenizer.py --preset cpu: 17 minutes of CPU time. A batch of 64 for half
-    # the steps takes as long and learns less
+    # the steps ended at a held-out loss of 4.54 instead of 4.40
     "cpu": dict(data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=3, width=128, depth=4, head_dim=32, caption_width=64,
                 split_tokens=True, steps=5600, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2800),
     # The same thread, on the shipped tokenizer: 21 minutes of CPU time. Small enough to be shipped itself; it can only learn by heart

@@ -16,7 +16,7 @@ import torch
 from model import FlexTok
 FlexTok.from_pretrained("out/emoji64-d").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
 END
-# stage 2
+# stage 2 (the lengths and the words left out were drawn from another random stream when the shipped weights were made)
 python train_ar.py --preset emoji64-cpu
 python - <<'END'
 import torch
