@@ -183,26 +183,44 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.norm_3(x))
 
 
-def split_sizes(levels):
-    """Of how many low and high halves the tokens are made: FSQ's first digits and its last, 8·8·8 = 512 and 5·5·5 = 125."""
-    middle = len(levels) // 2
-    return math.prod(levels[:middle]), math.prod(levels[middle:])
+class DigitTable(nn.Module):
+    """A vector for each of the Π levels values of a few FSQ digits, (Π levels, D): the sum of its digits' vectors, and one of its own.
+
+    FSQ's digits mean something by themselves: what a digit says is learned from all tokens that have it, an eighth or a fifth
+    of them. The own vectors, which begin small, learn what a sum cannot say.
+    """
+
+    def __init__(self, levels, width, std):
+        super().__init__()
+        self.digits = nn.ParameterList(torch.randn(count, width) * std for count in levels)
+        self.own = nn.Parameter(torch.randn(math.prod(levels), width) * std / 2)
+
+    def forward(self):
+        table = torch.zeros_like(self.own[:1])                                    # (1, D)
+        for digit in self.digits:  # the first is the least significant, so it runs fastest
+            table = (digit[:, None] + table).flatten(0, 1)                        # (its levels x those before, D)
+        return table + self.own                                                   # (Π levels, D)
+
+
+def in_halves(levels):
+    """FSQ's first digits and its last: of these a token is made, low half and high half. (8, 8, 8), (5, 5, 5): 512 and 125 values."""
+    return levels[:len(levels) // 2], levels[len(levels) // 2:]
 
 
 class SplitEmbedding(nn.Module):
     """Tokens (B, n) -> vectors (B, n, D): that of the token's low half plus that of its high half; token = low + 512·high.
 
     For small priors. 64,000 tokens are too many to meet each of them in a run of minutes, and a table of them would be most of
-    the model. But a token is a number of 6 digits: each half is met a hundred times as often, and 637 vectors are enough.
+    the model. But a token is a number of 6 digits: see `DigitTable`.
     """
 
     def __init__(self, levels, width):
         super().__init__()
-        self.low_size, high_size = split_sizes(levels)
-        self.low, self.high = nn.Embedding(self.low_size, width), nn.Embedding(high_size, width)
+        self.low, self.high = (DigitTable(half, width, std=0.2) for half in in_halves(levels))
 
     def forward(self, tokens):
-        return self.low(tokens % self.low_size) + self.high(tokens // self.low_size)              # (B, n, D)
+        low, high = self.low(), self.high()                                       # (512, D), (125, D)
+        return F.embedding(tokens % len(low), low) + F.embedding(tokens // len(low), high)        # (B, n, D)
 
 
 class SplitHead(nn.Module):
@@ -214,27 +232,33 @@ class SplitHead(nn.Module):
 
     def __init__(self, levels, width):
         super().__init__()
-        low_size, high_size = split_sizes(levels)
-        self.low = nn.Linear(width, low_size)
-        self.given_low = nn.Embedding(low_size, width)
+        low, high = in_halves(levels)
+        # zeros: all tokens are equally likely at first, and the first loss is ln V
+        self.low, self.low_bias = DigitTable(low, width, std=0.0), nn.Parameter(torch.zeros(math.prod(low)))
+        self.high, self.high_bias = DigitTable(high, width, std=0.0), nn.Parameter(torch.zeros(math.prod(high)))
+        self.given_low = DigitTable(low, width, std=0.2)
         self.hidden = nn.Linear(width, width)
-        self.high = nn.Linear(width, high_size)
+
+    def of_low(self, x):
+        """x (..., D) -> logits (..., 512)."""
+        return F.linear(x, self.low(), self.low_bias)                             # (..., 512)
 
     def of_high(self, x, low):
-        """x (..., D), the vectors of low halves (..., D) -> logits (..., high_size)."""
-        return self.high(F.silu(self.hidden(x) + low))                            # (..., high_size)
+        """x (..., D), the vectors of low halves (..., D) -> logits (..., 125)."""
+        return F.linear(F.silu(self.hidden(x) + low), self.high(), self.high_bias)  # (..., 125)
 
     def forward(self, x):
         """x (..., D) -> log p, which are logits, of all tokens: (..., V)."""
-        low = self.low(x).float().log_softmax(-1)                                 # (..., 512)
-        high = self.of_high(x[..., None, :], self.given_low.weight).float().log_softmax(-1)       # (..., 512, 125)
+        low = self.of_low(x).float().log_softmax(-1)                              # (..., 512)
+        high = self.of_high(x[..., None, :], self.given_low()).float().log_softmax(-1)            # (..., 512, 125)
         return (low[..., None] + high).transpose(-1, -2).flatten(-2)              # (..., 125·512), the low half fastest
 
     def loss(self, x, targets):
         """x (n, D), targets (n,) -> mean of -log p in nats, and each one's (n,), without gradient."""
-        low, high = targets % len(self.low.weight), targets // len(self.low.weight)               # (n,) each
-        each = (F.cross_entropy(self.low(x).float(), low, reduction="none")
-                + F.cross_entropy(self.of_high(x, self.given_low(low)).float(), high, reduction="none"))  # (n,)
+        low, high = targets % len(self.low_bias), targets // len(self.low_bias)   # (n,) each
+        of_high = self.of_high(x, F.embedding(low, self.given_low()))             # (n, 125)
+        each = (F.cross_entropy(self.of_low(x).float(), low, reduction="none")
+                + F.cross_entropy(of_high.float(), high, reduction="none"))       # (n,)
         return each.mean(), each.detach()
 
 
@@ -458,15 +482,13 @@ class GPT(nn.Module):
         for name, layer in self.trunk.named_modules():
             if name.endswith(("proj", "fc2")):
                 layer.weight.data *= (self.config.depth * (3 if self.config.text_width else 2)) ** -0.5
-        # beside token vectors of std 0.3 and more, positions of std 0.02 would not be seen
         start, split = self.preprocessor, bool(self.config.levels)
-        halves = [start.embedding.low.weight, start.embedding.high.weight] if split else []
-        for parameter in (start.sos_token_embed, start.positional_embedding, start.cls_embedding and start.cls_embedding.weight, *halves):
+        for parameter in (start.sos_token_embed, start.positional_embedding, start.cls_embedding and start.cls_embedding.weight):
             if parameter is not None:
+                # beside the token vectors of SplitEmbedding, of std 0.5, positions of std 0.02 would not be seen
                 nn.init.normal_(parameter, std=0.3 if split else 0.02)
-        # a head that gives 0: all tokens equally likely, the first loss is ln V
-        for layer in (self.head.linear.low, self.head.linear.high) if split else (self.head.linear,):
-            nn.init.zeros_(layer.weight)
+        if not split:  # zeros: all tokens are equally likely at first, and the first loss is ln V
+            nn.init.zeros_(self.head.linear.weight)
 
     @property
     def device(self):

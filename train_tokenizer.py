@@ -47,7 +47,7 @@ class TrainConfig:
     vae_preset: str = "shapes32"     # which preset of vae.py to train if --vae is empty
     out: str = "out/tokenizer"       # the run's directory
     workers: int = 0                 # processes that load images, per GPU
-    cache_latents: int = 0           # run the VAE once on this many augmented views of each image; 0: in every step
+    cache_latents: int = 0           # run the VAE once on this many views of each image, all but the first augmented; 0: in every step
     sample_posterior: bool = False   # train on draws from the VAE's posterior instead of its mean
     # model
     enc_depth: int = 12              # encoder blocks
@@ -110,7 +110,7 @@ PRESETS = {
                 enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
                 autoencoder_share=0.4, nested_dropout="uniform_pow2",
                 steps=4000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000),
-    # The shipped weights are 3,305 of these steps, which took 60 minutes on one busy thread of such a CPU, and three more runs:
+    # The shipped weights are 3,305 of these steps, which took 60 minutes on one busy thread of such a CPU, and five more runs:
     # assets/emoji64/train.sh
     "emoji64-cpu": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
                         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=32,
@@ -186,15 +186,17 @@ def shard(tokenizer, config, run):
 
 
 class CachedLatents:
-    """Latents of `views` augmented versions of every training image, computed once; otherwise a data set like data.py's.
+    """Latents of `views` versions of every training image, computed once; otherwise a data set like data.py's.
 
-    Lies in <out>/latents.npy as float16 (n·views, C, h, w), memory-mapped: a set larger than RAM works.
+    The first is the image as it is (cropped in the middle), the others are augmented. Lies in <out>/latents.npy as float16
+    (n·views, C, h, w), memory-mapped: a set larger than RAM works.
     """
 
     def __init__(self, dataset, views, vae, config, run):
         self.dataset, self.views = dataset, views
         path = os.path.join(config.out, "latents.npy")
-        key = hashlib.sha256(repr((config.data, config.image_size, views, config.seed, len(dataset), config.sample_posterior)).encode())
+        key = hashlib.sha256(repr(("first view plain", config.data, config.image_size, views, config.seed, len(dataset),
+                                   config.sample_posterior)).encode())
         for tensor in vae.state_dict().values():
             key.update(tensor.cpu().numpy().tobytes())
         key = key.hexdigest()
@@ -209,13 +211,13 @@ class CachedLatents:
 
     @torch.no_grad()
     def _fill(self, path, vae, config, run):
-        n = len(self.dataset)
+        n, plain = len(self.dataset), open_data(config.data, config.image_size, "train", augment=False, seed=config.seed)
         C, side = vae.config.latent_channels, config.image_size // vae.downsampling
         store = np.lib.format.open_memmap(path, "w+", np.float16, (n * self.views, C, side, side))
         seconds = time.time()
         for start in range(0, len(store), 64):
             rows = range(start, min(start + 64, len(store)))
-            views = [get_readable(self.dataset, row % n, np.random.default_rng((config.seed, row)))[0] for row in rows]
+            views = [get_readable(plain if row < n else self.dataset, row % n, np.random.default_rng((config.seed, row)))[0] for row in rows]
             seed_step(config.seed, start, run)  # for draws from the posterior
             with autocast(run.device, config.precision):
                 images = to_float(torch.stack(views).to(run.device))                  # (64, 3, H, W)

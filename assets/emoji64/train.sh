@@ -3,7 +3,8 @@
 set -e
 # stage 0
 python vae.py --preset emoji64
-# stage 1: all tokens first, then more weight on few, then the decoder alone, twice
+# stage 1: all tokens first, then more weight on few; the decoder alone, twice; both again, a third of the views not augmented;
+# and the decoder alone, on the images as they are. (In the first four the shipped weights saw augmented views only.)
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
     --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
@@ -11,12 +12,16 @@ python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/
     --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 1e-3 --warmup 100 --steps 5000
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-c --out out/emoji64-d --freeze_encoder \
     --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 8e-4 --warmup 50 --steps 2200
+python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-d --out out/emoji64-e --cache_latents 3 \
+    --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 8e-4 --warmup 100 --steps 2600
+python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-e --out out/emoji64-f --freeze_encoder \
+    --cache_latents 1 --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 6e-4 --warmup 50 --steps 3600
 python - <<'END'
 import torch
 from model import FlexTok
-FlexTok.from_pretrained("out/emoji64-d").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
+FlexTok.from_pretrained("out/emoji64-f").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
 END
-# stage 2 (the lengths and the words left out were drawn from another random stream when the shipped weights were made)
+# stage 2
 python train_ar.py --preset emoji64-cpu
 python - <<'END'
 import torch
