@@ -195,6 +195,7 @@ class CachedLatents:
     def __init__(self, dataset, views, vae, config, run):
         self.dataset, self.views = dataset, views
         path = os.path.join(config.out, "latents.npy")
+        # all that decides what lies there; the words too, for folders written when every view was augmented
         key = hashlib.sha256(repr(("first view plain", config.data, config.image_size, views, config.seed, len(dataset),
                                    config.sample_posterior)).encode())
         for tensor in vae.state_dict().values():
