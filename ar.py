@@ -227,7 +227,8 @@ class SplitHead(nn.Module):
     """p(token) = p(low half) · p(high half, given the low one): two small softmaxes in place of one of 64,000.
 
     Any distribution over the tokens can be written so. The loss needs 512 + 125 logits per token: with a full table it takes
-    more time than all blocks of a small prior. Sizes below are those of the usual levels. Not official, and cannot be written out as the official table.
+    more time than all blocks of a small prior. Sizes below are those of the usual levels. Not official, and cannot be written out
+    as the official table.
     """
 
     def __init__(self, levels, width):
