@@ -268,18 +268,21 @@ def sample_k(B, K, mode, generator=None):
 
     This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
     dropout, arXiv 1402.0915). Modes: "uniform" over 1..K; "pow2" uniform over 1, 2, 4, ..., K (as much
-    training for 1 token as for 256); "uniform_pow2" uniform, then rounded up to a power of two (half of the samples keep
-    all K). Raises ValueError for another mode.
+    training for 1 token as for 256); "pow2_few" the same numbers, with chances as 1 : 1/2 : 1/3 : ..., for a decoder that
+    must learn to paint much from little; "uniform_pow2" uniform, then rounded up to a power of two (half of the samples
+    keep all K). Raises ValueError for another mode.
     """
     # FORK: another k schedule
     if mode == "uniform":
         return torch.randint(1, K + 1, (B,), generator=generator)
+    choices = torch.tensor(powers_of_two(K))
     if mode == "pow2":
-        choices = torch.tensor(powers_of_two(K))
         return choices[torch.randint(len(choices), (B,), generator=generator)]    # (B,)
+    if mode == "pow2_few":
+        return choices[torch.multinomial(1 / torch.arange(1.0, len(choices) + 1), B, replacement=True, generator=generator)]  # (B,)
     if mode == "uniform_pow2":
         return round_up_to_pow2(torch.randint(1, K + 1, (B,), generator=generator)).clamp(max=K)
-    raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
+    raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2, pow2_few or uniform_pow2")
 
 
 def powers_of_two(K):
@@ -465,9 +468,13 @@ class FlexTok(nn.Module):
         2·(N + K): neither the first k registers nor the decoder look at those from k on, so these have no gradient either.
         """
         # Each k goes into the group of the next power of two. Those up to 16 share one: a small group costs more in calls
-        # than its few tokens save. The null condition is group 0, which needs no encoder.
+        # than its few tokens save. The null condition is group 0, which needs no encoder. With k = 1 it is a group large
+        # enough to pay if the two are a quarter of the batch.
         K = self.config.registers
         group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))  # (B,)
+        few = null | (k_keep == 1)                                                # (B,)
+        if 4 * few.sum() >= len(few) and not null.all():
+            group[few] = 1
         if self.one_group:  # as many calls on every process, whatever its k are: split weights are gathered in each
             group = torch.full_like(group, K)
         order, velocities = [], []

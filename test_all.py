@@ -294,19 +294,21 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
 
 
 def test_grouping_small_k_and_leaving_out_the_encoder_of_null_samples_changes_nothing():
-    """Groups are k rounded up to a power of two, at least 16; whole batches of null conditions too."""
+    """Groups are k rounded up to a power of two, at least 16; k = 1 and null together where they are many; whole batches of null too."""
     tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=64))
     seen = []
     tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
     latents, x_t, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6)
-    k_keep, null = torch.tensor([1, 64, 3, 9, 2, 64]), torch.tensor([False, False, False, False, False, True])
-    fast = tokenizer(latents, x_t, t, k_keep, null)
-    assert sorted(map(tuple, seen)) == [(1, 64), (4, 16)]
     codes, _ = tokenizer.fsq(plain_encoder(tokenizer.encoder, latents))
-    assert (fast - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)).abs().max() < 1e-5
-    everyone = torch.ones(6, dtype=torch.bool)
+    everyone, null = torch.ones(6, dtype=torch.bool), torch.tensor([False, False, False, False, False, True])
+    for lengths, groups in (([2, 64, 3, 9, 2, 64], [(1, 64), (4, 16)]), ([1, 64, 3, 9, 1, 64], [(1, 64), (2, 16), (3, 1)])):
+        k_keep = torch.tensor(lengths)
+        fast = tokenizer(latents, x_t, t, k_keep, null)
+        assert sorted(map(tuple, seen)) == groups
+        assert (fast - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)).abs().max() < 1e-5
+        seen.clear()
     assert (tokenizer(latents, x_t, t, k_keep, everyone) - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, everyone)).abs().max() < 1e-5
-    assert len(seen) == 2
+    assert not seen
 
 
 @torch.no_grad()
@@ -524,12 +526,15 @@ def test_nested_dropout_draws_k_as_each_mode_says():
     counts = draw("pow2", 256).bincount()
     assert counts.nonzero().squeeze(1).tolist() == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert (counts[counts > 0] / 20_000 - 1 / 9).abs().max() < 0.01
+    counts = draw("pow2_few", 16).bincount()
+    assert counts.nonzero().squeeze(1).tolist() == [1, 2, 4, 8, 16]
+    assert (counts[1] / counts[[2, 4, 8, 16]] - torch.tensor([2, 3, 4, 5])).abs().max() < 0.4
     rounded = draw("uniform_pow2", 16)
     assert rounded.unique().tolist() == [1, 2, 4, 8, 16] and abs((rounded == 16).float().mean() - 0.5) < 0.02
     assert draw("pow2", 24).unique().tolist() == [1, 2, 4, 8, 16, 24] and draw("uniform_pow2", 24).max() == 24
     k = torch.arange(1, 70_000)
     assert torch.equal(round_up_to_pow2(k), torch.tensor([1 << (i - 1).bit_length() for i in k.tolist()]))
-    with pytest.raises(ValueError, match="expected uniform, pow2 or uniform_pow2"):
+    with pytest.raises(ValueError, match="expected uniform, pow2, pow2_few or uniform_pow2"):
         draw("pow3", 8)
 
 
@@ -1398,6 +1403,17 @@ def test_a_frozen_encoder_keeps_its_tokens_while_the_decoder_learns(tmp_path, ti
         train(tmp_path / "other", tiny_vae, freeze_encoder=True)
 
 
+def test_samples_with_few_tokens_learn_the_image_as_it_is(tmp_path, tiny_vae):
+    """plain_k = K is training without augmentation, plain_k = 0 is not."""
+    weights = {}
+    for name, settings in dict(plain=dict(cache_latents=1), all_k=dict(cache_latents=3, plain_k=8), some_k=dict(cache_latents=3, plain_k=2),
+                               no_k=dict(cache_latents=3)).items():
+        train(tmp_path / name, tiny_vae, data="emoji", steps=2, **settings)
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    same = lambda a, b: all(torch.equal(weights[a][name], weights[b][name]) for name in weights[a])  # noqa: E731
+    assert same("plain", "all_k") and not same("plain", "some_k") and not same("some_k", "no_k") and not same("plain", "no_k")
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, tiny_vae):
     out = str(tmp_path / "run")
     train(out, tiny_vae, stop_at=1)
@@ -1415,7 +1431,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
 @pytest.mark.parametrize("change, message", [
     (dict(t_sampler="normal"), "--t_sampler normal"), (dict(nested_dropout="pow3"), "pow3"), (dict(levels=(1, 8)), "levels"),
     (dict(head_dim=48), "head_dim 48"), (dict(seed=-1), "--seed -1"), (dict(log_every=0), "--log_every 0"), (dict(micro_batch=3), "--batch_size 8"),
-    (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(precision="fp8"), "--precision fp8")])
+    (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2"), (dict(precision="fp8"), "--precision fp8")])
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, tiny_vae, change, message):
     with pytest.raises(UserError, match=message):
         train(**{"out": tmp_path / "run", "vae": tiny_vae, **change})

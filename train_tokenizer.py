@@ -66,7 +66,8 @@ class TrainConfig:
     init: str = ""                   # directory of a trained tokenizer of these sizes to go on from; empty: random weights
     freeze_encoder: bool = False     # train the decoder alone: tokens stay what they are, and a prior over them stays valid
     # method
-    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2 or uniform_pow2
+    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2, pow2_few or uniform_pow2
+    plain_k: int = 0                 # samples that keep at most so many tokens learn the image as it is; needs --cache_latents 2 or more
     autoencoder_share: float = 0.0   # share of the run that begins it with t = 1 and all tokens; 0 official, 0.2-0.4 for short runs
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
     t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
@@ -231,6 +232,10 @@ class CachedLatents:
     def label(self, i):
         return 0  # stage 1 needs no labels, and those of the drawn shapes cost time
 
+    def plain(self, i):
+        """The latents of the images i (b,) as they are, (b, C, h, w)."""
+        return torch.from_numpy(self.latents[i.numpy()].astype(np.float32))       # (b, C, h, w)
+
     def get(self, i, rng):
         row = int(rng.integers(self.views)) * len(self.dataset) + i
         return torch.from_numpy(self.latents[row].astype(np.float32))             # (C, h, w)
@@ -377,12 +382,18 @@ def main(config):
             group["lr"] = lr
 
         seed_step(config.seed, step, run)  # for what is not drawn by draw_noise: the VAE's posterior, FSQ's training noise
-        batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, h, w), or uint8 (b, 3, H, W)
+        batch, _, indices = next(stream)
+        batch = batch.to(run.device, non_blocking=True)                           # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, micro, config, run)  # (b, C, h, w)
         if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
             with torch.no_grad():
                 save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
         noise, t, k_keep, null = draw_noise(config, step, latents, run)           # (b, C, h, w), (b,), (b,), (b,)
+        if config.plain_k:
+            # Few tokens have no room for how a view was shifted and tinted: all views of an image would be painted over each
+            # other. Where there are many, views keep the decoder from learning the images by heart.
+            few = k_keep <= config.plain_k                                        # (b,)
+            latents[few] = dataset.plain(indices[few]).to(run.device)
 
         for i in range(0, b, micro):
             part = slice(i, i + micro)
@@ -459,6 +470,8 @@ def check(config, run):
         from torch.distributed import fsdp  # late: not in every build of torch
         if not hasattr(fsdp, "fully_shard"):
             raise UserError(f"--shard: torch {torch.__version__} has no torch.distributed.fsdp.fully_shard; 2.6 has")
+    if config.plain_k and config.cache_latents < 2:
+        raise UserError(f"--plain_k {config.plain_k}: needs --cache_latents 2 or more, the image as it is and other views of it")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
     if not config.vae and config.vae_preset not in stage0.PRESETS:
