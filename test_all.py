@@ -2345,10 +2345,13 @@ def copies(tokenizer_directory, prior_directory, n=100):
     def written(**condition):
         return gpt.generate(**condition, cfg_scale=gpt.config.cfg_scale, temperature=temperature, generator=torch.Generator().manual_seed(0))
     generated = written(labels=torch.arange(n) % gpt.config.classes)              # (n, K)
-    for name, tokens in (("generated", list(generated.split(1))), ("rebuilt held-out", tokenizer.tokenize(held_out[:n]))):
+    rebuilt = tokenizer.tokenize(held_out[:n])                                    # n x (1, K)
+    for name, tokens in (("generated", list(generated.split(1))), ("rebuilt held-out", rebuilt), ("the same from one token", [row[:, :1] for row in rebuilt])):
         nearest = torch.cdist(drawn(tokens), known).min(1).values                 # (n,)
         print(f"{name}: {(nearest <= near).sum()} of {n} are near copies; nearest {nearest.min() / near:.2f} to {nearest.max() / near:.2f}, "
               f"median {nearest.median() / near:.2f} times the distance of a rebuilt training emoji")
+    first = [torch.cat(tokenizer.tokenize(images, k=1)) for images in (training, held_out)]  # (1720, 1), (191, 1)
+    print(f"first tokens: training emoji use {len(first[0].unique())}; {torch.isin(first[1], first[0]).sum()} of {len(held_out)} held-out emoji have one of them")
     # does it draw what the caption says? The training emoji that is nearest answers
     train, other = (Emoji(max(tokenizer.image_size), split, augment=False) for split in ("train", "held_out"))
     for name, dataset, rows in (("training", train, some.tolist()), ("held-out", other, range(n))):

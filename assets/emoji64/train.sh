@@ -4,7 +4,8 @@ set -e
 # stage 0
 python vae.py --preset emoji64
 # stage 1: all tokens first, then more weight on few; the decoder alone, twice; both again, a third of the views not augmented;
-# and the decoder alone, on the images as they are. (In the first four the shipped weights saw augmented views only.)
+# and the decoder alone, on the images as they are, then with few tokens most of the time and views of the images only for
+# many, on two processes. (In the first four the shipped weights saw augmented views only.)
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
     --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
@@ -16,10 +17,13 @@ python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/
     --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 8e-4 --warmup 100 --steps 2600
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-e --out out/emoji64-f --freeze_encoder \
     --cache_latents 1 --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 6e-4 --warmup 50 --steps 3600
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-f \
+    --out out/emoji64-g --freeze_encoder --cache_latents 4 --plain_k 4 --nested_dropout pow2_few --autoencoder_share 0 \
+    --pure_noise_share 0.1 --lr 1e-3 --warmup 100 --batch_size 128 --steps 8500 --eval_every 1700 --seed 1
 python - <<'END'
 import torch
 from model import FlexTok
-FlexTok.from_pretrained("out/emoji64-f").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
+FlexTok.from_pretrained("out/emoji64-g").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
 END
 # stage 2
 python train_ar.py --preset emoji64-cpu
