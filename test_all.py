@@ -1431,7 +1431,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
 @pytest.mark.parametrize("change, message", [
     (dict(t_sampler="normal"), "--t_sampler normal"), (dict(nested_dropout="pow3"), "pow3"), (dict(levels=(1, 8)), "levels"),
     (dict(head_dim=48), "head_dim 48"), (dict(seed=-1), "--seed -1"), (dict(log_every=0), "--log_every 0"), (dict(micro_batch=3), "--batch_size 8"),
-    (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2"), (dict(precision="fp8"), "--precision fp8")])
+    (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(plain_k=-1), "--plain_k -1"), (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2"), (dict(precision="fp8"), "--precision fp8")])
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, tiny_vae, change, message):
     with pytest.raises(UserError, match=message):
         train(**{"out": tmp_path / "run", "vae": tiny_vae, **change})

@@ -459,8 +459,9 @@ def check(config, run):
     for name in ("steps", "batch_size", "log_every", "eval_every", "eval_images", "eval_timesteps", "warmup", "registers"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: expected 0 or more")
+    for name in ("seed", "plain_k"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)}: expected 0 or more")
     if config.batch_size % (run.world * max(1, config.micro_batch)):
         raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x "
                         f"{max(1, config.micro_batch)}")
