@@ -1431,7 +1431,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
 @pytest.mark.parametrize("change, message", [
     (dict(t_sampler="normal"), "--t_sampler normal"), (dict(nested_dropout="pow3"), "pow3"), (dict(levels=(1, 8)), "levels"),
     (dict(head_dim=48), "head_dim 48"), (dict(seed=-1), "--seed -1"), (dict(log_every=0), "--log_every 0"), (dict(micro_batch=3), "--batch_size 8"),
-    (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(plain_k=-1), "--plain_k -1"), (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2"), (dict(precision="fp8"), "--precision fp8")])
+    (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(precision="fp8"), "--precision fp8"), (dict(plain_k=-1), "--plain_k -1"),
+    (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2")])
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, tiny_vae, change, message):
     with pytest.raises(UserError, match=message):
         train(**{"out": tmp_path / "run", "vae": tiny_vae, **change})
@@ -2330,7 +2331,8 @@ def copies(tokenizer_directory, prior_directory, n=100):
     """Print how many generated emoji are near copies of training ones, and how many show what their caption says.
 
     Near: no further from a training emoji, in the VAE's latents, than the tokenizer's rebuilding (all tokens) of a training
-    emoji typically is from its original. For comparison, the same for rebuilt held-out emoji.
+    emoji typically is from its original. For comparison, the same for held-out emoji rebuilt from all their tokens and from
+    one; and how many of these have a first token that a training emoji has too.
     """
     tokenizer, gpt = FlexTok.from_pretrained(tokenizer_directory), GPT.from_pretrained(prior_directory)
     scale = common.recommended_guidance(tokenizer_directory)

@@ -385,15 +385,15 @@ def main(config):
         batch, _, indices = next(stream)
         batch = batch.to(run.device, non_blocking=True)                           # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, micro, config, run)  # (b, C, h, w)
-        if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
-            with torch.no_grad():
-                save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
         noise, t, k_keep, null = draw_noise(config, step, latents, run)           # (b, C, h, w), (b,), (b,), (b,)
         if config.plain_k:
             # Few tokens have no room for how a view was shifted and tinted: all views of an image would be painted over each
             # other. Where there are many, views keep the decoder from learning the images by heart.
             few = k_keep <= config.plain_k                                        # (b,)
-            latents[few] = dataset.plain(indices[few]).to(run.device)
+            latents[few] = dataset.plain(indices[few]).to(run.device)             # (b, C, h, w) as before
+        if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
+            with torch.no_grad():
+                save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
 
         for i in range(0, b, micro):
             part = slice(i, i + micro)

@@ -5,7 +5,8 @@ set -e
 python vae.py --preset emoji64
 # stage 1: all tokens first, then more weight on few; the decoder alone, twice; both again, a third of the views not augmented;
 # and the decoder alone, on the images as they are, then with few tokens most of the time and views of the images only for
-# many, on two processes. (In the first four the shipped weights saw augmented views only.)
+# many, on two processes. (In the first four the shipped weights saw augmented views only; the last began from the sixth's
+# in 16 bits.)
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
     --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
