@@ -67,7 +67,7 @@ class TrainConfig:
     freeze_encoder: bool = False     # train the decoder alone: tokens stay what they are, and a prior over them stays valid
     # method
     nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2, pow2_few or uniform_pow2
-    plain_k: int = 0                 # samples that keep at most so many tokens learn the image as it is; needs --cache_latents 2 or more
+    plain_k: int = 0                 # at most so many tokens, of any view, are to paint the unaugmented image; needs --cache_latents 2 or more
     autoencoder_share: float = 0.0   # share of the run that begins it with t = 1 and all tokens; 0 official, 0.2-0.4 for short runs
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
     t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
@@ -386,10 +386,13 @@ def main(config):
         batch = batch.to(run.device, non_blocking=True)                           # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, micro, config, run)  # (b, C, h, w)
         noise, t, k_keep, null = draw_noise(config, step, latents, run)           # (b, C, h, w), (b,), (b,), (b,)
+        told = latents                                                            # (b, C, h, w), what the encoder sees
         if config.plain_k:
             # Few tokens have no room for how a view was shifted and tinted: all views of an image would be painted over each
-            # other. Where there are many, views keep the decoder from learning the images by heart.
+            # other. So from any view's few tokens the decoder learns the one image: it meets many tokens near each other, as
+            # those of new images are. Where there are many, views keep it from learning the images by heart.
             few = k_keep <= config.plain_k                                        # (b,)
+            latents = latents.clone()
             latents[few] = dataset.plain(indices[few]).to(run.device)             # (b, C, h, w) as before
         if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
             with torch.no_grad():
@@ -400,7 +403,7 @@ def main(config):
             model.require_backward_grad_sync = i + micro == b  # DDP: talk once per step, not once per micro-batch
             x_t = flow.interpolate(latents[part], noise[part], t[part])           # (micro, C, h, w)
             with autocast(run.device, config.precision), attention_kernel(run.device):
-                v = model(latents[part], x_t, t[part], k_keep[part], null[part])
+                v = model(told[part], x_t, t[part], k_keep[part], null[part])
             # FORK: another objective
             loss = flow.loss_per_sample(v, flow.velocity_target(latents[part], noise[part]))  # (micro,)
             (loss.mean() * micro / b).backward()
