@@ -2359,7 +2359,7 @@ def copies(tokenizer_directory, prior_directory, n=100):
         return torch.cat(tokenizer.tokenize(images, k=1))                         # (n, 1)
     used, wanted, views, rng = first(training), first(held_out), Emoji(max(tokenizer.image_size), "train"), np.random.default_rng(0)
     print(f"first tokens: training emoji use {len(used.unique())}; {torch.isin(wanted, used).sum()} of {len(held_out)} held-out emoji have one of them")
-    used = torch.cat([used, *(first(to_float(torch.stack([views.get(i, rng) for i in range(len(views))]))) for _ in range(19))])
+    used = torch.cat([used, *(first(to_float(torch.stack([views.get(i, rng) for i in range(len(views))]))) for _ in range(19))])  # (20·1720, 1)
     print(f"with 19 augmented views of each, {len(used.unique())}; {torch.isin(wanted, used).sum()} of {len(held_out)}")
     # does it draw what the caption says? The training emoji that is nearest answers
     train, other = (Emoji(max(tokenizer.image_size), split, augment=False) for split in ("train", "held_out"))

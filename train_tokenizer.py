@@ -391,10 +391,9 @@ def main(config):
             # Few tokens have no room for how a view was shifted and tinted: all views of an image would be painted over each
             # other. So from any view's few tokens the decoder learns the one image: it meets many tokens near each other, as
             # those of new images are. Where there are many, views keep it from learning the images by heart.
-            few = k_keep <= config.plain_k                                        # (b,)
-            latents = latents.clone()
-            latents[few] = dataset.plain(indices[few]).to(run.device)             # (b, C, h, w) as before
-        if step == 0 and run.is_main:  # what the model really trains on: looking at it finds most data bugs
+            few = (k_keep <= config.plain_k)[:, None, None, None].to(run.device)   # (b, 1, 1, 1)
+            latents = torch.where(few, dataset.plain(indices).to(run.device), latents)  # (b, C, h, w)
+        if step == 0 and run.is_main:  # what the decoder is really to paint: looking at it finds most data bugs
             with torch.no_grad():
                 save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
 
