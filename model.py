@@ -263,26 +263,27 @@ class Encoder(nn.Module):
 # Nested dropout
 
 
-def sample_k(B, K, mode, generator=None):
+def sample_k(B, K, mode, generator=None, few_power=0.0):
     """How many tokens each training sample keeps: (B,) int64 in 1..K, on the CPU so that grouping by k needs no GPU sync.
 
     This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
-    dropout, arXiv 1402.0915). Modes: "uniform" over 1..K; "pow2" uniform over 1, 2, 4, ..., K (as much
-    training for 1 token as for 256); "pow2_few" the same numbers, with chances as 1 : 1/2 : 1/3 : ..., for a decoder that
-    must learn to paint much from little; "uniform_pow2" uniform, then rounded up to a power of two (half of the samples
-    keep all K). Raises ValueError for another mode.
+    dropout, arXiv 1402.0915). Modes: "uniform" over 1..K; "pow2" over 1, 2, 4, ..., K, with chances as 1/i^few_power of the
+    i-th: at 0 as much training for 1 token as for 256, above it more for few, for a decoder that must learn to paint much
+    from little; "uniform_pow2" uniform, then rounded up to a power of two (half of the samples keep all K). Raises
+    ValueError for another mode, and for a few_power below 0 or with a mode that has none.
     """
     # FORK: another k schedule
+    if few_power < 0 or few_power and mode != "pow2":
+        raise ValueError(f"few_power={few_power} with nested dropout mode {mode!r}: expected 0, or above 0 with pow2")
     if mode == "uniform":
         return torch.randint(1, K + 1, (B,), generator=generator)
-    choices = torch.tensor(powers_of_two(K))
     if mode == "pow2":
-        return choices[torch.randint(len(choices), (B,), generator=generator)]    # (B,)
-    if mode == "pow2_few":
-        return choices[torch.multinomial(1 / torch.arange(1.0, len(choices) + 1), B, replacement=True, generator=generator)]  # (B,)
+        choices = torch.tensor(powers_of_two(K))
+        chances = torch.arange(1.0, len(choices) + 1)**-few_power
+        return choices[torch.multinomial(chances, B, replacement=True, generator=generator)]  # (B,)
     if mode == "uniform_pow2":
         return round_up_to_pow2(torch.randint(1, K + 1, (B,), generator=generator)).clamp(max=K)
-    raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2, pow2_few or uniform_pow2")
+    raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
 
 
 def powers_of_two(K):
@@ -469,11 +470,12 @@ class FlexTok(nn.Module):
         """
         # Each k goes into the group of the next power of two. Those up to 16 share one: a small group costs more in calls
         # than its few tokens save. The null condition is group 0, which needs no encoder. With k = 1 it is a group large
-        # enough to pay if the two are a quarter of the batch.
+        # enough to pay if the two are a quarter of the batch. (So the encoder always runs, if only for codes that are
+        # ignored, and every parameter has a gradient, if only zero: processes that share gradients rely on it.)
         K = self.config.registers
         group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))  # (B,)
         few = null | (k_keep == 1)                                                # (B,)
-        if 4 * few.sum() >= len(few) and not null.all():
+        if 4 * few.sum() >= len(few):
             group[few] = 1
         if self.one_group:  # as many calls on every process, whatever its k are: split weights are gathered in each
             group = torch.full_like(group, K)

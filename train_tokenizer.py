@@ -66,7 +66,8 @@ class TrainConfig:
     init: str = ""                   # directory of a trained tokenizer of these sizes to go on from; empty: random weights
     freeze_encoder: bool = False     # train the decoder alone: tokens stay what they are, and a prior over them stays valid
     # method
-    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2, pow2_few or uniform_pow2
+    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2 or uniform_pow2
+    few_power: float = 0.0           # of pow2: above 0, few tokens are drawn more often, the i-th power of two as 1/i^few_power
     plain_k: int = 0                 # at most so many tokens, of any view, are to paint the unaugmented image; needs --cache_latents 2 or more
     autoencoder_share: float = 0.0   # share of the run that begins it with t = 1 and all tokens; 0 official, 0.2-0.4 for short runs
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
@@ -255,7 +256,7 @@ def draw_noise(config, step, like, run):
     # At t = 1 the network sees nothing but noise and the tokens: the encoder gets a straight gradient.
     pure = torch.rand(B, generator=on_device, device=run.device) < config.pure_noise_share
     t = torch.where(pure, 1.0, t)
-    k_keep = sample_k(B, config.registers, config.nested_dropout, on_cpu)         # (B,)
+    k_keep = sample_k(B, config.registers, config.nested_dropout, on_cpu, config.few_power)  # (B,)
     if step < config.autoencoder_share * config.steps:  # with all tokens and t = 1 this is a plain autoencoder
         t, k_keep = torch.ones_like(t), torch.full((B,), config.registers)
     null = torch.rand(B, generator=on_cpu) < config.null_p                        # (B,)
@@ -336,8 +337,8 @@ def main(config):
     if config.shard:
         shard(raw, config, run), shard(ema.module, config, run)
     elif run.world > 1:
-        # a step may hold no sample without tokens, or none with dropped ones: then those parameters have no gradient
-        model = DistributedDataParallel(raw, find_unused_parameters=True, gradient_as_bucket_view=True)  # no second copy of gradients
+        # no second copy of gradients; buffers are constants
+        model = DistributedDataParallel(raw, gradient_as_bucket_view=True, broadcast_buffers=False)
     count = sum(p.numel() for p in raw.parameters() if p.requires_grad)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
@@ -482,7 +483,7 @@ def check(config, run):
     sample_t(config, 1, None, None)
     autocast(run.device, config.precision)
     try:
-        sample_k(1, config.registers, config.nested_dropout)
+        sample_k(1, config.registers, config.nested_dropout, few_power=config.few_power)
         with torch.device("meta"):
             Attention(config.enc_width or 64 * config.enc_depth, config.head_dim)
             Attention(config.dec_width or 64 * config.dec_depth, config.head_dim)

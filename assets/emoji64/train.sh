@@ -20,10 +20,10 @@ python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-e --out out/emoji64-f --freeze_encoder \
     --cache_latents 1 --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 6e-4 --warmup 50 --steps 3600
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-f \
-    --out out/emoji64-g --freeze_encoder --cache_latents 4 --plain_k 4 --nested_dropout pow2_few --autoencoder_share 0 \
+    --out out/emoji64-g --freeze_encoder --cache_latents 4 --plain_k 4 --nested_dropout pow2 --few_power 1 --autoencoder_share 0 \
     --pure_noise_share 0.1 --lr 1e-3 --warmup 100 --batch_size 128 --steps 8500 --eval_every 1700 --seed 1
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-g \
-    --out out/emoji64-v --freeze_encoder --plain_k 2 --nested_dropout pow2_few --autoencoder_share 0 \
+    --out out/emoji64-v --freeze_encoder --plain_k 2 --nested_dropout pow2 --few_power 1 --autoencoder_share 0 \
     --pure_noise_share 0.1 --lr 1e-3 --warmup 100 --batch_size 128 --steps 5600 --eval_every 1400 --seed 2
 python - <<'END'
 import torch
