@@ -397,8 +397,8 @@ def seed_step(seed, step, run):
     torch.manual_seed(((seed << 32) + step) * run.world + run.rank)
 
 
-def provenance():
-    """What made this file: the commit (with + if the tree was changed), torch's version, the device's name."""
+def provenance(run):
+    """What made this file: the commit (with + if the tree was changed), torch's version, the devices of the `Run`."""
     here = os.path.dirname(os.path.abspath(__file__))
     def git(*args):
         done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
@@ -407,8 +407,8 @@ def provenance():
         commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except FileNotFoundError:  # no git on this machine
         commit = ""
-    return {"commit": commit, "torch": torch.__version__,
-            "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"}
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device.type}, {torch.get_num_threads()} threads"
+    return {"commit": commit, "torch": torch.__version__, "hardware": f"{run.world} x {device}"}
 
 
 class StopRequest:

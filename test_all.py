@@ -1500,6 +1500,7 @@ def test_two_processes_train_as_one_with_the_double_batch(tmp_path, tiny_vae):
                               env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (torch.load(tmp_path / name / "resume.pt", weights_only=True) for name in ("one", "two"))
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["hardware"] == "2 x cpu, 1 threads"
     assert len(one["optimizer"]["state"]) > 20
     for i, state in one["optimizer"]["state"].items():
         want, got = state["exp_avg"], two["optimizer"]["state"][i]["exp_avg"]

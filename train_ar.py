@@ -394,7 +394,7 @@ def main(config):
     def save(step, metrics):
         background.wait()  # one copy of everything at a time
         state = snapshot(dict(model=raw.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step))
-        notes = dict(train=asdict(config), classes=dataset.classes, step=step, metrics=metrics, tokenizer=tokenizer.fingerprint(), **provenance())
+        notes = dict(train=asdict(config), classes=dataset.classes, step=step, metrics=metrics, tokenizer=tokenizer.fingerprint(), **provenance(run))
         with torch.device("meta"):  # shapes without memory
             averaged = build_prior(config, tokenizer, len(dataset.classes))
         def write():

@@ -365,7 +365,7 @@ def main(config):
 
     def save(state, metrics):
         # "sampling" is what sample.py uses unless told otherwise
-        notes = dict(train=asdict(config), step=state["step"], metrics=metrics, sampling={"guidance_scale": config.eval_guidance}, **provenance())
+        notes = dict(train=asdict(config), step=state["step"], metrics=metrics, sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
         def write():
             fill_with_average(unloaded(raw.config, vae.config), state["ema"]).save_pretrained(config.out, **notes)
             save_resume(resume_path, **state)

@@ -484,7 +484,7 @@ def main(config):
     settings_path, resume_path = (os.path.join(config.out, name) for name in ("train.json", "resume.pt"))
     claim_directory(config, read_json(settings_path)["config"] if os.path.exists(resume_path) else None, RUN_FIELDS, run)
     if run.is_main and not config.resume:
-        write_json(settings_path, {"config": asdict(config), **provenance()})
+        write_json(settings_path, {"config": asdict(config), **provenance(run)})
     start_step = 0
     if config.resume:
         state = load_resume(resume_path)
@@ -497,7 +497,7 @@ def main(config):
     def save(steps_done, metrics):
         background.wait()  # one copy of everything at a time
         state = snapshot({"step": steps_done, **{name: part.state_dict() for name, part in parts.items()}})
-        notes = {"config": asdict(config), "metrics": metrics, **provenance()}
+        notes = {"config": asdict(config), "metrics": metrics, **provenance(run)}
         with torch.device("meta"):  # shapes without memory
             averaged = VAE(replace(ema.module.config))
         def write():
