@@ -370,7 +370,7 @@ def main(config):
     ema = make_ema(raw, config.ema_decay)
     model = Loss(raw)
     if run.world > 1:
-        model = DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
+        model = DistributedDataParallel(model)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]

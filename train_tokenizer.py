@@ -337,8 +337,7 @@ def main(config):
     if config.shard:
         shard(raw, config, run), shard(ema.module, config, run)
     elif run.world > 1:
-        # no second copy of gradients; buffers are constants
-        model = DistributedDataParallel(raw, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = DistributedDataParallel(raw, gradient_as_bucket_view=True)  # no second copy of gradients
     count = sum(p.numel() for p in raw.parameters() if p.requires_grad)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
