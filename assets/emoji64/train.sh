@@ -1,13 +1,25 @@
 #!/bin/sh
 # How the weights in this folder were made, on two threads of a cloud CPU: run it in the repository's folder. Times are in README.md.
 set -e
+mean() {  # mean A B SHARE OUT: the weights of A, moved by this share of the way towards those of B
+    python - "$@" <<'END'
+import sys
+from model import FlexTok
+first, second, share, out = sys.argv[1:]
+tokenizer, other = FlexTok.from_pretrained(first), FlexTok.from_pretrained(second)
+for weight, its in zip(tokenizer.parameters(), other.parameters()):
+    weight.data.lerp_(its, float(share))
+tokenizer.save_pretrained(out)
+END
+}
 # stage 0
 python vae.py --preset emoji64
 # stage 1: all tokens first, then more weight on few; the decoder alone, twice; both again, a third of the views not augmented;
-# and the decoder alone: on the images as they are; on two processes, with few tokens most of the time; and so again, where one or
-# two tokens of any view learn the plain image. (In the first four the shipped weights saw augmented views only; the seventh began
-# from the sixth's in 16 bits, and in it the encoder too saw the plain image wherever the decoder was to paint it.) The seventh
-# paints the tokens of the training images sharply, the last those of new ones less mixed: what is shipped is halfway between.
+# and from there on the decoder alone: on the images as they are; on two processes, with few tokens most of the time (g); so that
+# one or two tokens of any view learn the plain image (v). (In the first four the shipped weights saw augmented views only; g
+# began from f's weights in 16 bits, and in it the encoder too saw the plain image wherever the decoder was to paint it.) g paints
+# the tokens of the training images sharply, v those of new ones less mixed. From halfway between them the same for longer, with
+# one token in two samples of three (w); what is shipped is 0.7 of the way there.
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
     --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
@@ -25,13 +37,15 @@ OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji6
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-g \
     --out out/emoji64-v --freeze_encoder --plain_k 2 --nested_dropout pow2 --few_power 1 --autoencoder_share 0 \
     --pure_noise_share 0.1 --lr 1e-3 --warmup 100 --batch_size 128 --steps 5600 --eval_every 1400 --seed 2
+mean out/emoji64-g out/emoji64-v 0.5 out/soup
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/soup \
+    --out out/emoji64-w --freeze_encoder --plain_k 2 --nested_dropout pow2 --few_power 2 --autoencoder_share 0 \
+    --pure_noise_share 0 --t_mean 0.8 --lr 1.2e-3 --warmup 100 --batch_size 256 --steps 7000 --eval_every 1750 --seed 3
+mean out/soup out/emoji64-w 0.7 out/emoji64-m
 python - <<'END'
 import torch
 from model import FlexTok
-tokenizer, other = (FlexTok.from_pretrained(f"out/emoji64-{name}") for name in "gv")
-for weight, its in zip(tokenizer.parameters(), other.parameters()):
-    weight.data.lerp_(its, 0.5)
-tokenizer.save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
+FlexTok.from_pretrained("out/emoji64-m").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
 END
 # stage 2
 python train_ar.py --preset emoji64-cpu
