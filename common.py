@@ -48,12 +48,25 @@ def shown(value):
 
 
 def command(main, *args):
-    """Run a script's `main(*args)`; a `UserError` becomes one line on stderr and exit code 2, without a traceback."""
+    """Run a script's `main(*args)`; a `UserError`, or a file that the system refuses, becomes one line on stderr and exit code 2."""
     try:
         return main(*args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        problem = error
+    except OSError as error:  # no permission, a full disk, a name that is too long or leads through a file
+        if error.filename is None:
+            raise
+        problem = f"{error.filename}: {error.strerror}"
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_range(config, least, most, *names):
+    """Raise `UserError` for a field of `config` among `names` that is not a finite number from `least` to `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if not (least <= value <= most and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: expected " + (f"at least {least}" if most == math.inf else f"{least} to {most}"))
 
 
 def from_cli(Config, presets={}, argv=None, positional=""):
@@ -448,10 +461,12 @@ def claim_directory(config, settings, free, run):
     settings: what the run in that directory was started with, a dict (None if there is none). free: the fields that may
     differ on resume.
     """
-    if not config.resume and (settings is not None or os.path.exists(os.path.join(config.out, "config.json"))):
+    if not config.resume and settings is not None:
         raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another directory")
+    if not config.resume and os.path.exists(os.path.join(config.out, "config.json")):
+        raise UserError(f"--out {config.out}: already holds a model; name another directory")
     if config.resume and settings is None:
-        raise UserError(f"--resume: there is no run in {config.out}")
+        raise UserError(f"--resume: there is no run in {config.out}, or its resume.pt is gone")
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():  # as JSON: tuples have become lists
         if config.resume and name not in free and settings.get(name) != value:
             raise UserError(f"--{name} {value}: the run in {config.out} was started with {settings.get(name)}; keep "
@@ -653,8 +668,8 @@ class Log:
     def __init__(self, directory, run, start_step=0):
         self.path, self.active = os.path.join(directory, "log.jsonl"), run.is_main
         if self.active and os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
-                kept = [line for line in file if json.loads(line)["step"] < start_step]
+            with open(self.path, encoding="utf-8") as file:  # a killed run may have left half a line at its end
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < start_step]
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(kept)
 
@@ -721,15 +736,20 @@ def read_image(source):
 
 def _to_rgb(image):
     """A PIL image of any mode -> RGB; where Pillow's convert would clip (16 bits, floats) or drop alpha, do it by hand."""
+    see_through = image.info.get("transparency")  # of a PNG without alpha: the one colour that stands for "nothing here"
+    if image.mode == "RGB" and isinstance(see_through, tuple) and max(see_through) > 255:  # of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in see_through)
     if image.mode == "F" or image.mode.startswith("I"):  # float, or integers wider than 8 bits
-        values = np.asarray(image, dtype=np.float64)
-        values = np.where(np.isfinite(values), values, 0)
+        raw = np.asarray(image, dtype=np.float64)
+        values = np.where(np.isfinite(raw), raw, 0)
         top = values.max()
         if image.mode != "F":
             full = max(65535, top)  # 65535 / 255 = 257; 32-bit files may hold more
         else:
             full = 1 if top <= 1 else max(255, top)  # floats come as 0..1, as 0..255, or in a unit of their own
         image = Image.fromarray((values * (255 / full)).round().clip(0, 255).astype(np.uint8))
+        if isinstance(see_through, int):
+            image.putalpha(Image.fromarray(np.where(raw == see_through, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:  # an alpha channel, or one colour or palette entry declared transparent
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

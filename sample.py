@@ -14,6 +14,7 @@ them. Takes seconds on a CPU.                                                   
 import difflib
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 
 from ar import GPT
-from common import (UserError, autocast, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image, read_json,
-                    recommended_guidance, replacing, save_animation, save_grid, to_image, to_tensor, write_json)
-from data import Emoji, list_files, spread
+from common import (UserError, autocast, check_range, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image,
+                    read_json, recommended_guidance, replacing, save_animation, save_grid, shown, to_image, to_tensor, write_json)
+from data import Emoji, list_files, report_skipped, spread
 from model import FlexTok, powers_of_two
 
 SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji64")
@@ -95,8 +96,7 @@ def reconstruct(config):
     check_sampling(config)
     if not config.out.endswith(".png"):
         raise UserError(f"--out {config.out}: expected a name that ends in .png")
-    if config.n < 1:
-        raise UserError(f"--n {config.n}: expected at least 1 image")
+    check_range(config, 1, math.inf, "n")
     tokenizer = load(config)
     ks = [tokenizer.config.registers if k == 0 else k for k in config.ks]
     if config.ks == (0,):
@@ -189,6 +189,7 @@ def encode(config):
         with replacing(config.out) as temporary, open(temporary, "wb") as file:
             np.save(file, tokens.numpy())
     else:
+        names = [os.fsencode(name).decode("utf-8", "replace") for name in names]  # a file's name may be any bytes
         write_json(config.out, {"vocab_size": tokenizer.fsq.vocab_size, "registers": tokenizer.config.registers,
                                 "images": [{"name": name, "tokens": row} for name, row in zip(names, tokens.tolist())]})
     print(f"wrote {len(tokens)} x {k} tokens to {config.out}")
@@ -212,7 +213,7 @@ def decode(config):
         return write_rows(config.out, columns, [f"k={k}" if k else "all tokens" for k in config.ks])
     for k, column in zip(config.ks, columns):
         for i, (name, image) in enumerate(zip(names, column)):  # the number keeps cats/1.png and dogs/1.png apart
-            stem = os.path.splitext(os.path.basename(name))[0]
+            stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:100]  # a name in a file may be anything
             save_image(os.path.join(config.out, f"{i:03d}_{stem}" + (f"_k{k:03d}.png" if k else ".png")), image)
     print(f"wrote {len(names) * len(columns)} images to {config.out}")
 
@@ -242,8 +243,9 @@ def sample(tokenizer, tokens, config):
 
 
 def check_sampling(config):
-    if config.timesteps < 1:
-        raise UserError(f"--timesteps {config.timesteps}: expected at least 1")
+    check_range(config, 1, math.inf, "timesteps")
+    check_range(config, 0, 1000, "guidance_scale")
+    check_range(config, 0, 2**63 - 1, "seed")
     in_bf16(config)
 
 
@@ -259,7 +261,7 @@ def load_images(paths, tokenizer, n=None):
     names, images = [], []
     for path in paths:
         inside = [os.path.join(path, name) for name in list_files(path)] if os.path.isdir(path) else [path]
-        found = len(images)
+        found, skipped = len(images), []
         for name in inside:
             if n is not None and len(images) == n:
                 break
@@ -269,7 +271,8 @@ def load_images(paths, tokenizer, n=None):
             except UserError as error:
                 if inside == [path]:
                     raise
-                print("skipped", error, file=sys.stderr)
+                skipped.append(str(error))
+        report_skipped(path, skipped)
         if len(images) == found and len(images) != n:
             raise UserError(f"{path}: no readable image in this folder")
     return names, torch.stack(images)                                             # (B, 3, H, W)
@@ -284,9 +287,12 @@ def read_tokens(path, tokenizer):
     """A .json or .npy file -> names, list of int64 tensors (k_i,). Raises UserError naming the file and what is wrong in it."""
     if path.endswith(".npy"):
         try:
-            rows = np.load(path, allow_pickle=False)  # a pickle would execute what it holds
-        except (OSError, ValueError, EOFError) as error:
+            # No pickle: it would execute what it holds. Mapped: a header may promise more than there is
+            rows = np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError, EOFError, OverflowError) as error:
             raise UserError(f"{path}: cannot be read as a .npy file ({error})") from None
+        if not isinstance(rows, np.ndarray):
+            raise UserError(f"{path}: an archive of several arrays, expected a .npy file of one")
         if rows.dtype.kind not in "iu" or rows.ndim != 2:
             raise UserError(f"{path}: {rows.dtype} of shape {list(rows.shape)}, expected whole numbers (images, tokens)")
         names, rows = [f"{i}" for i in range(len(rows))], rows.tolist()
@@ -296,6 +302,9 @@ def read_tokens(path, tokenizer):
             names, rows = zip(*((str(image["name"]), list(image["tokens"])) for image in content["images"]))
         except (KeyError, TypeError, ValueError):
             raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}, at least one image') from None
+        V = content.get("vocab_size", tokenizer.fsq.vocab_size)
+        if V != tokenizer.fsq.vocab_size:
+            raise UserError(f"{path}: tokens out of {shown(V)}, but this tokenizer has {tokenizer.fsq.vocab_size}")
     if not rows:
         raise UserError(f"{path}: holds no images")
     K, V = tokenizer.config.registers, tokenizer.fsq.vocab_size

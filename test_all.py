@@ -851,6 +851,7 @@ def test_vae_training_learns_saves_what_from_pretrained_opens_and_scales_latents
     (dict(norm_num_groups=3), "norm_num_groups 3 does not divide"),
     (dict(data="/no/such/folder"), "/no/such/folder"),
     (dict(resume=True), "there is no run in"),
+    (dict(log_every=0), "--log_every 0"), (dict(steps=0), "--steps 0"), (dict(lr=math.nan), "--lr nan"), (dict(workers=-1), "--workers -1"),
 ])
 def test_vae_training_refuses_settings_that_cannot_work_and_leaves_nothing_behind(tmp_path, change, words):
     out = tmp_path / "run"
@@ -1060,6 +1061,7 @@ def test_read_image_composites_every_kind_of_transparency_over_white():
              "P, one entry": in_file(palette, transparency=1), "P, a table": in_file(palette, transparency=b"\xff\x00"),
              "RGB, tRNS": in_file(Image.new("RGB", (4, 4), (9, 8, 7)), transparency=(9, 8, 7)),
              "L, tRNS": in_file(Image.new("L", (4, 4), 9), transparency=9),
+             "16 bits, tRNS": in_file(Image.fromarray(np.full((4, 4), 999, np.uint16)), transparency=999),
              "1, tRNS": in_file(Image.new("1", (4, 4), 0), transparency=0),
              "WebP": in_file(clear_red, "WEBP", lossless=True), "GIF": in_file(palette, "GIF", transparency=1)}
     for name, file in files.items():
@@ -1383,6 +1385,15 @@ def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, tiny_vae):
         assert losses[0][-2:] == losses[1][-2:]
 
 
+def test_the_noise_of_the_vae_s_posterior_is_not_that_of_the_flow(tmp_path, tiny_vae, monkeypatch):
+    drawn, sample_of, noises, target = [], vae_module.Posterior.sample, [], flow.velocity_target
+    monkeypatch.setattr(vae_module.Posterior, "sample", lambda self, generator=None: drawn.append([self.mean, self.std, sample_of(self)]) or drawn[-1][2])
+    monkeypatch.setattr(flow, "velocity_target", lambda latents, noise: noises.append(noise) or target(latents, noise))
+    train(tmp_path, tiny_vae, sample_posterior=True, steps=2)
+    for (mean, std, latents), noise in zip(drawn, noises, strict=True):           # each (b, C, h, w)
+        assert abs(torch.corrcoef(torch.stack([((latents - mean) / std).flatten(), noise.flatten()]))[0, 1]) < 0.1
+
+
 def test_the_first_cached_view_of_an_image_is_the_image_as_it_is(tmp_path, tiny_vae):
     train(tmp_path, tiny_vae, data="emoji", cache_latents=2, steps=1)
     latents, n = torch.from_numpy(np.load(tmp_path / "latents.npy")).float(), len(Emoji(16))
@@ -1437,9 +1448,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
         train(out, tiny_vae)
     with pytest.raises(UserError, match="--lr 0.5: .* started with 0.001"):
         train(out, tiny_vae, resume=True, lr=0.5)
+    with open(f"{out}/log.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')  # what a full disk leaves
+    train(out, tiny_vae, resume=True)
+    assert records(out)[-1]["step"] == TINY["steps"] - 1
     os.remove(f"{out}/resume.pt")  # deletable, and still nothing is overwritten
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a model"):
         train(out, tiny_vae)
+    with pytest.raises(UserError, match="its resume.pt is gone"):
+        train(out, tiny_vae, resume=True)
     with pytest.raises(UserError, match="there is no run"):
         train(tmp_path / "other", tiny_vae, resume=True)
 
@@ -1448,7 +1465,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     (dict(t_sampler="normal"), "--t_sampler normal"), (dict(nested_dropout="pow3"), "pow3"), (dict(levels=(1, 8)), "levels"),
     (dict(head_dim=48), "head_dim 48"), (dict(seed=-1), "--seed -1"), (dict(log_every=0), "--log_every 0"), (dict(micro_batch=3), "--batch_size 8"),
     (dict(vae="", vae_preset="none"), "--vae_preset none"), (dict(precision="fp8"), "--precision fp8"), (dict(plain_k=-1), "--plain_k -1"),
-    (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2")])
+    (dict(plain_k=1, cache_latents=1), "--plain_k 1: needs --cache_latents 2"), (dict(cache_latents=1, micro_batch=-1), "--micro_batch -1"),
+    (dict(dec_depth=0), "--dec_depth 0"), (dict(lr=math.nan), "--lr nan"), (dict(null_p=2.0), "--null_p 2.0: expected 0 to 1"),
+    (dict(t_sampler="uniform", t_mean=0.5), "--t_mean 0.5: only --t_sampler logit_normal")])
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path, tiny_vae, change, message):
     with pytest.raises(UserError, match=message):
         train(**{"out": tmp_path / "run", "vae": tiny_vae, **change})
@@ -1466,6 +1485,8 @@ def test_stage_0_runs_first_if_no_vae_is_named_and_goes_on_after_a_stop(tmp_path
     assert len(train(tmp_path / "run", "", vae_preset="small", steps=2)["psnr"]) == 4
     assert VAE.from_pretrained(str(tmp_path / "run/vae")).config.block_out_channels == (8, 8)
     assert json.loads((tmp_path / "run/vae/train.json").read_text())["metrics"]["steps_done"] == 4
+    os.remove(tmp_path / "run/vae/resume.pt")  # deletable
+    assert train(tmp_path / "run", "", vae_preset="small", steps=2, resume=True) == {}  # nothing left to do
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path, tiny_vae, monkeypatch):
@@ -3099,6 +3120,9 @@ def test_sample_rebuilds_encodes_and_decodes_from_the_command_line(tmp_path, mon
     sample.main(["decode", "tokens.npy", *arguments, "images"])
     assert sorted(os.listdir("images")) == ["000_0_k001.png", "000_0_k004.png", "001_1_k001.png", "001_1_k004.png"]
     assert Image.open("images/000_0_k004.png").size == (16, 16)
+    open("names.json", "w").write(json.dumps({"images": [{"name": "a\0/" + "b\0" * 200, "tokens": [1, 2, 3, 4]}]}))
+    sample.main(["decode", "names.json", *arguments, "images"])
+    assert f"000_{'b_' * 50}_k001.png" in os.listdir("images")
     for out in ("a.png", "b.png"):  # the same seed, tokens and settings: the same picture
         sample.main(["decode", "tokens.json", *arguments, out])
     assert open("a.png", "rb").read() == open("b.png", "rb").read()
@@ -3116,6 +3140,11 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
         return ["decode", name]
 
     np.save(tmp_path / "float.npy", np.zeros((1, 3)))
+    with open(tmp_path / "zip.npy", "wb") as file:
+        np.savez(file, np.zeros((1, 3), int))
+    with open(tmp_path / "huge.npy", "wb") as file:  # a header that promises 8 TB
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**6, 10**6)})
+    (tmp_path / "other.json").write_text('{"vocab_size": 1000, "images": [{"name": "x", "tokens": [1]}]}')
     for arguments, message in [
             (["text.txt"], "text.txt: not an image"), (["nothing.png"], "nothing.png"), (["empty"], "empty: no readable image"),
             (["image.png", "--ks", "17"], "k = 17: .*1 to 16"), (["image.png", "--n", "0"], "--n 0"),
@@ -3127,6 +3156,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
             (tokens("e.json", [[1] * 17]), "17 tokens, expected 1 to 16"), (tokens("f.json", []), "at least one image"),
             (tokens("g.json", [[1, 2]]) + ["--ks", "3"], "--ks 3: .*1 to 2"), (["decode", "text.txt"], "text.txt: not valid JSON"),
             (["decode", "float.npy"], "float.npy: float64"), (["decode", "gone.json"], "gone.json"),
+            (["decode", "zip.npy"], "zip.npy: an archive"), (["decode", "huge.npy"], "huge.npy: cannot be read"),
+            (["decode", "other.json"], "other.json: tokens out of 1000, .*64000"), (["image.png", "--seed", str(2**70)], "--seed 1180"),
+            (["image.png", "--guidance_scale", "nan"], "--guidance_scale nan"), (["image.png", "--out", "image.png/x.png"], "image.png"),
+            (tokens("h.json", [[1]]) + ["--timesteps", "1", "--out", "n" * 300], "nnn: File name too long"),
             (["image.png", "--checkpoint", "gone"], "gone/config.json")]:
         if "--checkpoint" not in arguments:
             arguments = [*arguments, "--checkpoint", checkpoint]

@@ -15,6 +15,7 @@ Writes out/<run>/: tokens.npy, config.json, model.safetensors (EMA weights: what
 Times and expected numbers: README.md.                                                        Next: sample.py generate
 """
 import fcntl
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
-from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command,
+from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory, clock, command,
                     fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, read_json,
                     recommended_guidance, replacing, save_grid, save_resume, seed_step, snapshot, to_float, write_json)
 from data import Shapes, batches, get_readable, open_data
@@ -482,20 +483,14 @@ def tokens_of(dataset, tokenizer, count, T):
 
 def check(config, run):
     """Raise UserError for settings that cannot work, before anything is trained or written."""
-    for names, least in ((("steps", "batch_size", "log_every", "eval_every", "eval_images", "warmup", "views", "width", "depth",
-                           "head_dim", "caption_width", "caption_depth", "caption_words"), 1),
-                         (("length", "micro_batch", "workers", "mup_base_width", "seed"), 0)):
-        for name in names:
-            if getattr(config, name) < least:
-                raise UserError(f"--{name} {getattr(config, name)}: expected at least {least}")
+    check_range(config, 1, math.inf, "steps", "batch_size", "log_every", "eval_every", "eval_images", "warmup", "views", "width", "depth",
+                "head_dim", "caption_width", "caption_depth", "caption_words")
+    check_range(config, 0, math.inf, "length", "micro_batch", "workers", "mup_base_width", "stop_at", "weight_decay", "cfg_scale")
+    check_range(config, 0, 1, "word_dropout", "lr", "beta2", "ema_decay")
+    check_range(config, 1e-9, math.inf, "grad_clip")
+    check_range(config, 0, 2**31 - 1, "seed")
     if not 0 <= config.condition_dropout < 1:
         raise UserError(f"--condition_dropout {config.condition_dropout}: expected at least 0 and less than 1")
-    if not 0 <= config.word_dropout <= 1:
-        raise UserError(f"--word_dropout {config.word_dropout}: expected 0 to 1")
-    if config.seed >= 2**31:
-        raise UserError(f"--seed {config.seed}: expected less than 2147483648")
-    if not 0 < config.lr < 1:
-        raise UserError(f"--lr {config.lr}: expected more than 0 and less than 1")
     if config.caption_width % CaptionConfig.head_dim:
         raise UserError(f"--caption_width {config.caption_width}: expected a multiple of {CaptionConfig.head_dim}")
     if not set(config.condition) <= {"class", "text"} and config.condition != ("none",):

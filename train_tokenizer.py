@@ -15,6 +15,7 @@ Writes out/<run>/: config.json, model.safetensors (EMA weights: what sample.py r
 Times and expected numbers: README.md.                                                                Next: ar.py
 """
 import hashlib
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -28,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, claim_directory, clock, command,
-                    fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json,
+from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory, clock,
+                    command, fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json,
                     replacing, save_grid, save_resume, seed_step, snapshot, split_like, to_float, write_json)
 from data import batches, get_readable, open_data, spread
 from fsq import FSQ
@@ -381,7 +382,9 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        seed_step(config.seed, step, run)  # for what is not drawn by draw_noise: the VAE's posterior, FSQ's training noise
+        # For what is not drawn by draw_noise: the VAE's posterior, FSQ's training noise. Not from draw_noise's seed, which
+        # would make the posterior's noise the very noise that the flow then adds
+        seed_step(config.seed, 2**31 + step, run)
         batch, _, indices = next(stream)
         batch = batch.to(run.device, non_blocking=True)                           # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, micro, config, run)  # (b, C, h, w)
@@ -458,12 +461,16 @@ def main(config):
 
 def check(config, run):
     """Raise UserError for settings that cannot work, before anything is trained or written."""
-    for name in ("steps", "batch_size", "log_every", "eval_every", "eval_images", "eval_timesteps", "warmup", "registers"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
-    for name in ("seed", "plain_k"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} {getattr(config, name)}: expected 0 or more")
+    check_range(config, 1, math.inf, "steps", "batch_size", "log_every", "eval_every", "eval_images", "eval_timesteps", "warmup", "registers",
+                "image_size", "patch_size", "enc_depth", "dec_depth", "head_dim")
+    check_range(config, 0, math.inf, "plain_k", "cache_latents", "workers", "micro_batch", "stop_at", "enc_width", "dec_width", "few_power",
+                "position_std", "code_std", "head_std", "weight_decay", "eval_guidance")
+    check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share", "beta2", "ema_decay", "lr")
+    check_range(config, 1e-9, math.inf, "grad_clip")
+    check_range(config, -20, 20, "t_mean")
+    check_range(config, 0, 2**31 - 1, "seed")
+    if config.t_mean and config.t_sampler != "logit_normal":
+        raise UserError(f"--t_mean {config.t_mean}: only --t_sampler logit_normal has one; give --t_mean 0 with {config.t_sampler}")
     if config.batch_size % (run.world * max(1, config.micro_batch)):
         raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = {run.world} x "
                         f"{max(1, config.micro_batch)}")
@@ -501,7 +508,8 @@ def train_vae(config, run):
     def done():
         path = os.path.join(out, "train.json")
         return os.path.exists(path) and read_json(path).get("metrics", {}).get("steps_done") == settings.steps
-    stage0.main(settings)  # if it is finished already, it sees that its steps are done
+    if started or not done():  # one that is finished sees that its steps are done; without its resume.pt it is good enough too
+        stage0.main(settings)
     if run.world > 1:
         dist.barrier()  # the main process writes, all read
     if not done() and run.is_main:

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Background, Log, StopRequest, UserError, autocast, claim_directory, clock, command, fill_with_average, find,
-                    from_cli, init_distributed, learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr,
+from common import (Background, Log, StopRequest, UserError, autocast, check_range, claim_directory, clock, command, fill_with_average,
+                    find, from_cli, init_distributed, learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr,
                     read_json, save_grid, save_resume, save_tensors, seed_step, snapshot, to_float, write_json)
 from data import batches, open_data, spread
 
@@ -451,6 +451,11 @@ def main(config):
     """Train a VAE as `VAETrainConfig` says; returns the last log record, with held_out_psnr and steps_done. Raises `UserError`."""
     # -- distributed ------------------------------------------------------------------------------------------
     run = init_distributed(config.device)
+    check_range(config, 1, math.inf, "image_size", "batch_size", "steps", "log_every", "eval_every", "warmup")
+    check_range(config, 0, math.inf, "kl_weight", "gan_weight", "gan_start", "workers")
+    check_range(config, 0, 1, "lr", "ema_decay")
+    check_range(config, 1e-9, math.inf, "grad_clip")
+    check_range(config, 0, 2**31 - 1, "seed")
     if config.batch_size % run.world:
         raise UserError(f"--batch_size {config.batch_size} is not a multiple of the {run.world} processes")
     vae_config = config_from_diffusers({f.name: getattr(config, f.name) for f in fields(VAEConfig) if hasattr(config, f.name)}
