@@ -469,6 +469,7 @@ class GPT(nn.Module):
         self.init_weights()
         self.text_encoder = text_encoder  # after init_weights: it has its own
         self.official = ""  # the configuration of the released checkpoint that this came from, for `export_official`
+        self.notes = {}     # what else its config.json said, if it was read from one of ours: its classes, its tokenizer, and more
         self.graph_caches = {}  # of compiled generation, see new_cache
 
     def init_weights(self):
@@ -703,6 +704,7 @@ class GPT(nn.Module):
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise UserError(f"{path}: does not describe a prior ({error})") from None
         model.official = saved.get("official", "")
+        model.notes = {name: value for name, value in saved.items() if name not in ("format", "prior", "text_encoder", "official")}
         weights = os.path.join(name, "model.safetensors")
         load_weights(model, load_tensors(weights), weights, device, dtype)
         return model.to(device).eval()

@@ -349,7 +349,9 @@ def in_turns(sides, repeats, device):
 
 def wait(device):
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def matmul_peak(device, precision):
@@ -429,10 +431,10 @@ def ms(seconds):
 def peak_bytes(side, row, config, device, part):
     """Most memory in use while one side runs: of the GPU, or on a CPU of a process that runs nothing else."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         with autocast(device, config.precision):
             getattr(row, side)()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

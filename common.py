@@ -21,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import numpy as np
 import requests
@@ -141,7 +142,9 @@ def init_distributed(device="auto"):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # A day: some things the main process does alone, such as filling a cache or evaluating, and the others wait. If one of
+        # them dies, torchrun ends the others at once, without waiting so long.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return Run(device, dist.get_rank(), dist.get_world_size())
 
 
@@ -326,12 +329,6 @@ def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=
     module.load_state_dict({name: x.to(device, target(name, x)) for name, x in tensors.items()}, assign=True)
 
 
-def recommended_guidance(checkpoint):
-    """The guidance scale that our config.json names under "sampling"; 7.5, the official default, if nothing does."""
-    path = os.path.join(checkpoint, "config.json")
-    return read_json(path).get("sampling", {}).get("guidance_scale", 7.5) if os.path.isfile(path) else 7.5
-
-
 def save_resume(path, **state):
     """Write everything a run needs to go on (weights, optimizer, step), atomically, with torch.save.
 
@@ -407,7 +404,7 @@ class Background:
 
 def seed_step(seed, step, run):
     """Seed torch's global generators for this step and rank: what is drawn does not depend on what was drawn before."""
-    torch.manual_seed(((seed << 32) + step) * run.world + run.rank)
+    torch.manual_seed((((seed << 32) + step) * run.world + run.rank) % 2**63)
 
 
 def provenance(run):

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
 
 import numpy as np
@@ -367,6 +368,12 @@ def report_skipped(root, messages):
         print(f"{root}: {len(fresh)} unreadable in all, skipped", file=sys.stderr)
 
 
+def files_digest(dataset):
+    """A hash of which files a data set reads, their paths and sizes in bytes, so that what was made of others is not taken for it."""
+    files = [(path, os.path.getsize(os.path.join(dataset.root, path))) for path in dataset.paths] if isinstance(dataset, Folder) else []
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
 def list_files(root):
     """Relative paths ("/" between folders), sorted: what is not hidden and not text. Links to folders are not followed."""
     found = []
@@ -433,6 +440,12 @@ def spread(dataset, count):
     return to_float(torch.stack([get_readable(dataset, i * len(dataset) // n, rng)[0] for i in range(n)]))  # (n, 3, S, S)
 
 
+def ignore_signals(worker):
+    """Ctrl-C and a batch system's SIGTERM reach every process: the workers go on, so that the main one can save and end them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset, batch_size, seed, run, start_step=0, workers=0):
     """Endless iterator of (images (b, 3, S, S) uint8, labels (b,), indices (b,)) for this rank, from `start_step` on.
 
@@ -444,7 +457,7 @@ def batches(dataset, batch_size, seed, run, start_step=0, workers=0):
     starts = (step * batch_size + run.rank * b for step in itertools.count(start_step))
     loader = DataLoader(
         Stream(dataset, seed), batch_sampler=(range(start, start + b) for start in starts), num_workers=workers,
-        pin_memory=run.device.type == "cuda",
+        pin_memory=run.device.type == "cuda", worker_init_fn=ignore_signals,
         generator=torch.Generator())  # else it draws from torch's global state, and a resumed run would see other noise
     return iter(loader)  # one endless epoch: worker processes start once
 

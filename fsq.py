@@ -82,10 +82,11 @@ class FSQ(nn.Module):
         """tokens (...) of an integer dtype in [0, V) -> codes (..., L) float32 in [-1, 1]. Raises ValueError outside."""
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens are {tokens.dtype}, expected integers")
+        tokens = tokens.long()  # first: 64,000 does not fit every integer type, and torch cannot compare uint16
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0].item()
             raise ValueError(f"token {bad} is out of range: levels {self.levels} give tokens 0 to {self.vocab_size - 1}")
-        digits = tokens.long().unsqueeze(-1) // self.basis % self.level_counts    # (..., L)
+        digits = tokens.unsqueeze(-1) // self.basis % self.level_counts    # (..., L)
         return (digits - self.half_width) / self.half_width
 
     def _coin(self, rounded, p):

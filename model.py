@@ -455,6 +455,7 @@ class FlexTok(nn.Module):
         self.repa_head = nn.ModuleList(nn.Linear(a, b) for a, b in widths).requires_grad_(False)
         self.one_group = False  # training: whether all samples go through together, see `forward`
         self.official = {}  # the config of the official checkpoint that this came from, for `export_official`
+        self.notes = {}     # what else its config.json said, if it was read from one of ours: how it was trained, and more
 
     @property
     def image_size(self):
@@ -569,11 +570,17 @@ class FlexTok(nn.Module):
 
     def fingerprint(self):
         """A hash of all that decides an image's tokens, so that a prior is never used with another tokenizer's."""
-        digest = hashlib.sha256(repr(self.fsq.levels).encode())
+        # the weights, and the three settings that leave no trace in their shapes
+        digest = hashlib.sha256(repr((self.fsq.levels, self.config.enc_head_dim, self.vae.config.scaling_factor)).encode())
         for module in (self.vae, self.encoder):
             for tensor in module.state_dict().values():
-                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,): numpy has no bfloat16
         return digest.hexdigest()
+
+    @property
+    def recommended_guidance(self):
+        """The guidance scale that its config.json names under "sampling"; 7.5, the official default, if nothing does."""
+        return self.notes.get("sampling", {}).get("guidance_scale", 7.5)
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
@@ -600,6 +607,7 @@ class FlexTok(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path}: does not describe a tokenizer ({str(error).splitlines()[0]})") from None
         model.official = saved.get("official", {})
+        model.notes = {name: value for name, value in saved.items() if name not in ("format", "tokenizer", "vae", "official")}
         weights = os.path.join(name, "model.safetensors")
         tensors = load_tensors(weights)
         load_weights(model, tensors, weights, device, dtype, keep=fixed_tables(tensors))

@@ -23,7 +23,7 @@ import torch
 
 from ar import GPT
 from common import (UserError, autocast, check_range, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image,
-                    read_json, recommended_guidance, replacing, save_animation, save_grid, shown, to_image, to_tensor, write_json)
+                    read_json, replacing, save_animation, save_grid, shown, to_image, to_tensor, write_json)
 from data import Emoji, list_files, report_skipped, spread
 from model import FlexTok, powers_of_two
 
@@ -128,8 +128,7 @@ def generate(config):
         raise UserError(f"--top_p {config.top_p}: expected 0 to 1")
     tokenizer = load(config)
     gpt = GPT.from_pretrained(config.prior, device=pick_device(config.device), dtype=torch.bfloat16 if in_bf16(config) else torch.float32)
-    described = os.path.join(config.prior, "config.json")
-    made_by = read_json(described) if os.path.isfile(described) else {}  # released priors do not say by whose tokens
+    made_by = gpt.notes  # empty for released priors, which do not say by whose tokens
     if gpt.config.vocab_size != tokenizer.fsq.vocab_size or gpt.config.length > tokenizer.config.registers:
         raise UserError(f"{config.prior}: writes {gpt.config.length} tokens out of {gpt.config.vocab_size}, but {config.checkpoint} has "
                         f"{tokenizer.config.registers} out of {tokenizer.fsq.vocab_size}")
@@ -232,14 +231,17 @@ def in_bf16(config):
 
 def sample(tokenizer, tokens, config):
     """List of tokens -> images (B, 3, H, W) by the sampler settings of the command line."""
-    scale, half = config.guidance_scale or recommended_guidance(config.checkpoint), in_bf16(config)
+    scale, half = config.guidance_scale or tokenizer.recommended_guidance, in_bf16(config)
     if half:
         # The decoder runs twice a step: with its weights in bfloat16, none of them is cast there again. Encoder and VAE run once
         # and stay float32, so that tokens are those of `encode`; so does the table of positions, which is no parameter.
         for p in tokenizer.decoder.parameters():
             p.data = p.data.bfloat16()
+    generator, images = torch.Generator().manual_seed(config.seed), []  # each image draws its own noise from it, in turn
     with autocast(pick_device(config.device), "bf16" if half else "fp32"):
-        return tokenizer.detokenize(tokens, config.timesteps, scale, generator=torch.Generator().manual_seed(config.seed)).float()
+        for i in range(0, len(tokens), 64):  # a file may hold any number
+            images.append(tokenizer.detokenize(tokens[i:i + 64], config.timesteps, scale, generator=generator).float())
+    return torch.cat(images)                                                      # (B, 3, H, W)
 
 
 def check_sampling(config):
@@ -280,6 +282,9 @@ def load_images(paths, tokenizer, n=None):
 
 def held_out_emoji(tokenizer, n):
     """n embedded emoji that the shipped weights were not trained on, spread over the categories: (n, 3, H, W)."""
+    height, width = tokenizer.image_size
+    if height != width:
+        raise UserError(f"reconstruct: the built-in emoji are square, this tokenizer was trained on {height} x {width} pixels; name some images")
     return spread(Emoji(max(tokenizer.image_size), "held_out", augment=False), n)
 
 

@@ -46,7 +46,7 @@ import vae as vae_module
 from ar import GPT, DigitTable, GPTConfig, choose, cross_entropy, in_halves, probabilities
 from common import (Run, UserError, fit, from_cli, learning_rate, make_ema, psnr, read_image, replacing, save_grid, to_image,
                     to_tensor)
-from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, contrast, list_files, open_data, split_paths,
+from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, contrast, files_digest, list_files, open_data, split_paths,
                   to_float)
 from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, powers_of_two, round_up_to_pow2, sample_k,
@@ -108,6 +108,12 @@ def test_the_gradient_passes_the_rounding_and_is_that_of_the_bound():
     slope = (fsq.bound(latents.detach() + step) - fsq.bound(latents.detach() - step)) / (2 * step) / torch.tensor([4, 2])
     assert (through - slope).abs().max() < 1e-3
     assert fsq.bound(torch.zeros(1, 2)).abs().max() < 1e-6
+
+
+def test_tokens_may_be_of_any_integer_type():
+    fsq = FSQ([8, 8, 8, 5, 5, 5])
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
+        assert torch.equal(fsq.tokens_to_codes(torch.tensor([3, 250], dtype=dtype)), fsq.tokens_to_codes(torch.tensor([3, 250])))
 
 
 @pytest.mark.parametrize("tokens", [[64_000], [-1], [0.5], [True]])
@@ -1261,6 +1267,14 @@ def test_a_file_added_to_a_folder_moves_no_other_one_and_no_side_is_empty():
     assert split_paths(["1.png"], "train") == split_paths(["1.png"], "held_out") == ["1.png"]
 
 
+def test_other_files_in_a_folder_are_noticed(tmp_path):
+    make_folder(tmp_path, 4)
+    before = files_digest(Folder(tmp_path, 32))
+    assert before == files_digest(Folder(tmp_path, 16))
+    noise_image(50, 50).save(tmp_path / Folder(tmp_path, 32).paths[0])
+    assert before != files_digest(Folder(tmp_path, 32))
+
+
 def test_unreadable_files_of_a_folder_are_named_once_and_skipped(tmp_path, capsys, monkeypatch):
     make_folder(tmp_path, 12)
     for i in range(13):
@@ -1408,8 +1422,9 @@ def test_a_run_can_go_on_from_a_trained_tokenizer_of_the_same_sizes(tmp_path, ti
     train(then, tiny_vae, steps=1, init=first, lr=1e-9, seed=1)
     for name, x in load_file(f"{first}/model.safetensors").items():
         assert (load_file(f"{then}/model.safetensors")[name] - x).abs().max() < 1e-6, name
-    with pytest.raises(UserError, match="--init .*: its tokenizer has other sizes"):
-        train(tmp_path / "other", tiny_vae, init=first, registers=4)
+    for other in (dict(registers=4), dict(head_dim=32), dict(levels=(3, 4))):  # the last two have tensors of the same shapes
+        with pytest.raises(UserError, match="--init .*: its tokenizer has other sizes"):
+            train(tmp_path / "other", tiny_vae, init=first, **other)
     torch.manual_seed(1)
     VAE(VAEConfig(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)).save_pretrained(str(tmp_path / "vae"))
     with pytest.raises(UserError, match="--init .*: was trained on another VAE"):
@@ -1425,6 +1440,18 @@ def test_a_frozen_encoder_keeps_its_tokens_while_the_decoder_learns(tmp_path, ti
     assert (after.decoder.head.weight - before.decoder.head.weight).abs().max() > 1e-4
     with pytest.raises(UserError, match="--freeze_encoder: needs --init"):
         train(tmp_path / "other", tiny_vae, freeze_encoder=True)
+
+
+def test_the_fingerprint_is_of_all_that_decides_tokens_and_of_any_precision(tmp_path):
+    tokenizer = a_tokenizer()
+    prints = [tokenizer.fingerprint()]
+    tokenizer.vae.config.scaling_factor *= 2
+    prints.append(tokenizer.fingerprint())
+    tokenizer.save_pretrained(str(tmp_path), torch.bfloat16)
+    prints += [FlexTok.from_pretrained(str(tmp_path), dtype=dtype).fingerprint() for dtype in (torch.bfloat16, torch.float32)]
+    assert len(set(prints)) == 4  # rounded weights give other tokens; and a scale leaves no trace in the weights
+    torch.nn.init.zeros_(tokenizer.decoder.mask_token)
+    assert tokenizer.fingerprint() == prints[1]
 
 
 def test_samples_with_few_tokens_learn_the_image_as_it_is_from_any_view_s_tokens(tmp_path, tiny_vae, monkeypatch):
@@ -1684,11 +1711,11 @@ def test_ctrl_c_and_sigterm_save_and_a_half_written_file_never_shows(tmp_path, t
     out = tmp_path / "run"
     arguments = [part for name, value in {**TINY, "steps": 100_000, "vae": tiny_vae, "out": out, "log_every": 1}.items()
                  for part in (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))]
-    process = subprocess.Popen([sys.executable, f"{HERE}/train_tokenizer.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, f"{HERE}/train_tokenizer.py", *arguments, "--workers", "2"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     while "step 3" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a batch system does: its loader processes are told, too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "--resume" in output
     step = torch.load(out / "resume.pt", weights_only=True)["step"]
@@ -2296,6 +2323,9 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     other.save_pretrained(str(tmp_path / "other"))
     with pytest.raises(UserError, match="trained on the tokens of another tokenizer"):
         generate("--checkpoint", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="trained on the tokens of another tokenizer"):  # named by its file it is known as well
+        generate("--checkpoint", str(tmp_path / "other"), "--prior", f"{prior}/model.safetensors")
+    assert FlexTok.from_pretrained(f"{tiny_tokenizer}/model.safetensors").recommended_guidance == 1.0
     generate("--text", "red", "blue", "--out", "two.png")
 
 
@@ -2344,7 +2374,7 @@ def accuracy(net, images, kinds, colours):
 def judge(tokenizer_directory, prior_directory, n=256, steps=1200):
     """Print accuracies on real, rebuilt and generated images, for each number of tokens."""
     tokenizer, gpt = FlexTok.from_pretrained(tokenizer_directory), GPT.from_pretrained(prior_directory)
-    scenes, scale = Shapes(max(tokenizer.image_size), "held_out"), common.recommended_guidance(tokenizer_directory)
+    scenes, scale = Shapes(max(tokenizer.image_size), "held_out"), tokenizer.recommended_guidance
     kinds, colours = answers(scenes, range(n))
     images = to_float(torch.stack([scenes.get(i) for i in range(n)]))             # (n, 3, S, S)
     net = train_classifier(steps, max(tokenizer.image_size))
@@ -2373,7 +2403,7 @@ def copies(tokenizer_directory, prior_directory, n=100):
     one; and how many of these have a first token that a training emoji has too, or an augmented view of one.
     """
     tokenizer, gpt = FlexTok.from_pretrained(tokenizer_directory), GPT.from_pretrained(prior_directory)
-    scale = common.recommended_guidance(tokenizer_directory)
+    scale = tokenizer.recommended_guidance
     def latents_of(images):
         return torch.cat([tokenizer.vae.latents(part.clamp(-1, 1)) for part in images.split(64)]).flatten(1)
     def drawn(tokens):

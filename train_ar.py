@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ar import GPT, SIZES, GPTConfig
 from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory, clock, command,
                     fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, read_json,
-                    recommended_guidance, replacing, save_grid, save_resume, seed_step, snapshot, to_float, write_json)
-from data import Shapes, batches, get_readable, open_data
+                    replacing, save_grid, save_resume, seed_step, snapshot, to_float, write_json)
+from data import Shapes, batches, files_digest, get_readable, open_data
 from model import FlexTok, powers_of_two
 from text import CaptionConfig, CaptionEncoder
 
@@ -130,7 +130,7 @@ class TokenSet:
         if absent and "class" in config.condition:
             raise UserError(f"--data {config.data}: no training image is of the class {self.classes[min(absent)]!r}; remove its folder "
                             f"or put images into it")
-        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "images": self.n, "views": self.views,
+        made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "files": files_digest(dataset), "images": self.n, "views": self.views,
                    "augment": config.augment, "seed": config.seed}
         shape = (self.n * self.views, tokenizer.config.registers)
         with locked(path, run):
@@ -334,7 +334,7 @@ def evaluate(gpt, tokenizer, held_out, config, path, run):
     drawn = gpt.generate(wanted if "class" in config.condition else None, text, mask, cfg_scale=config.cfg_scale, n=8,
                          generator=torch.Generator().manual_seed(0))              # (8, T)
     columns = [tokenizer.detokenize(list(row[None, :k] for row in drawn), generator=torch.Generator().manual_seed(0),
-                                    guidance_scale=recommended_guidance(config.tokenizer)) for k in powers_of_two(drawn.shape[1])]
+                                    guidance_scale=tokenizer.recommended_guidance) for k in powers_of_two(drawn.shape[1])]
     save_grid(path, [[column[i].clamp(-1, 1).cpu() for column in columns] for i in range(8)],
               [f"k={k}" for k in powers_of_two(drawn.shape[1])])
     return {"held_out": sums.sum().item() / sum(counts),
@@ -350,14 +350,19 @@ def main(config):
     # ---- distributed ------------------------------------------------------------------------------------------
     run = init_distributed(config.device)
     check(config, run)
+    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=run.device)  # before anything is written: it may not be there
+    T = config.length or tokenizer.config.registers
+    if T > tokenizer.config.registers:
+        raise UserError(f"--length {T}: {config.tokenizer} has {tokenizer.config.registers} tokens per image")
+    if len(set(tokenizer.image_size)) > 1:
+        raise UserError(f"--tokenizer {config.tokenizer}: was trained on {tokenizer.image_size} pixels; a prior is trained on square images")
     resume_path, config_path = (os.path.join(config.out, name) for name in ("resume.pt", "config.json"))
     claim_directory(config, read_json(config_path).get("train") if os.path.exists(resume_path) else None, RUN_FIELDS, run)
     b = config.batch_size // run.world  # images of this process per step
     micro = config.micro_batch or b     # images of one forward pass
 
     # ---- data -------------------------------------------------------------------------------------------------
-    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=run.device)
-    T, size = config.length or tokenizer.config.registers, max(tokenizer.image_size)
+    size = max(tokenizer.image_size)
     images = open_data(config.data, size, "train", augment=config.augment, seed=config.seed)
     views = config.views
     if isinstance(images, Shapes):  # endless: other scenes instead of other views of the same
@@ -416,7 +421,7 @@ def main(config):
         tokens = tokens[:, :T].to(run.device, non_blocking=True)                  # (b, T)
         n = nested_length(config, step, T)
         if step == 0 and run.is_main:  # what it is to learn: looking at it finds most data bugs
-            shown = tokenizer.detokenize(list(tokens[:16]), guidance_scale=recommended_guidance(config.tokenizer),
+            shown = tokenizer.detokenize(list(tokens[:16]), guidance_scale=tokenizer.recommended_guidance,
                                          generator=torch.Generator().manual_seed(0))
             save_grid(os.path.join(config.out, "inputs.png"), shown.clamp(-1, 1).cpu().split(8))
         labels, captions = drop_conditions(config, labels, [dataset.caption(i) for i in indices.tolist()], step, run)
@@ -500,9 +505,6 @@ def check(config, run):
                         f"{max(1, config.micro_batch)}")
     if config.width % config.head_dim:
         raise UserError(f"--width {config.width}: expected a multiple of --head_dim {config.head_dim}")
-    tokenizer = read_json(os.path.join(config.tokenizer, "config.json")).get("tokenizer", {})
-    if config.length > tokenizer.get("registers", config.length):
-        raise UserError(f"--length {config.length}: {config.tokenizer} has {tokenizer['registers']} tokens per image")
     autocast(run.device, config.precision)
 
 

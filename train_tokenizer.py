@@ -18,7 +18,7 @@ import hashlib
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,7 @@ import vae as stage0
 from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory, clock,
                     command, fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json,
                     replacing, save_grid, save_resume, seed_step, snapshot, split_like, to_float, write_json)
-from data import batches, get_readable, open_data, spread
+from data import batches, files_digest, get_readable, open_data, spread
 from fsq import FSQ
 from model import Attention, FlexTok, TokenizerConfig, powers_of_two, sample_k, unloaded
 from vae import VAE
@@ -153,15 +153,12 @@ def build_tokenizer(config, vae):
 def go_on_from(directory, tokenizer):
     """Copy the weights of a trained tokenizer. Raises UserError if its sizes or its VAE are others."""
     trained = FlexTok.from_pretrained(directory)
-    if shapes_of(trained) != shapes_of(tokenizer):
+    free = dict(position_std=0, code_std=0, head_std=0, drop_quant_p=0, corrupt_tokens_p=0)  # what another run may choose anew
+    if replace(trained.config, **free) != replace(tokenizer.config, **free):
         raise UserError(f"--init {directory}: its tokenizer has other sizes than this run's")
-    if any((x.cpu() - y).abs().max() > 1e-6 for x, y in zip(tokenizer.vae.state_dict().values(), trained.vae.state_dict().values())):
+    if trained.vae.config != tokenizer.vae.config or any((x.cpu() - y).abs().max() > 1e-6 for x, y in zip(tokenizer.vae.state_dict().values(), trained.vae.state_dict().values())):
         raise UserError(f"--init {directory}: was trained on another VAE; give its own to --vae")
     tokenizer.load_state_dict(trained.state_dict())
-
-
-def shapes_of(module):
-    return {name: x.shape for name, x in module.state_dict().items()}
 
 
 def shard(tokenizer, config, run):
@@ -198,7 +195,8 @@ class CachedLatents:
     def __init__(self, dataset, views, vae, config, run):
         self.dataset, self.views = dataset, views
         path = os.path.join(config.out, "latents.npy")
-        key = hashlib.sha256(repr((config.data, config.image_size, views, config.seed, len(dataset), config.sample_posterior)).encode())
+        key = hashlib.sha256(repr((config.data, config.image_size, views, config.seed, len(dataset), files_digest(dataset),
+                                   config.sample_posterior, vae.config.scaling_factor)).encode())
         for tensor in vae.state_dict().values():
             key.update(tensor.cpu().numpy().tobytes())
         key = key.hexdigest()
