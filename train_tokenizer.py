@@ -113,7 +113,7 @@ PRESETS = {
                 enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
                 autoencoder_share=0.4, nested_dropout="uniform_pow2",
                 steps=4000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000),
-    # The shipped weights are 3,305 of these steps, which took 60 minutes on one busy thread of such a CPU, and eight more runs:
+    # The shipped weights are 3,305 of these steps, which took 60 minutes on one busy thread of such a CPU, and ten more runs:
     # assets/emoji64/train.sh
     "emoji64-cpu": dict(SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
                         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=32,

@@ -19,7 +19,8 @@ python vae.py --preset emoji64
 # one or two tokens of any view learn the plain image (v). (In the first four the shipped weights saw augmented views only; g
 # began from f's weights in 16 bits, and in it the encoder too saw the plain image wherever the decoder was to paint it.) g paints
 # the tokens of the training images sharply, v those of new ones less mixed. From halfway between them the same for longer, with
-# one token in two samples of three (w); what is shipped is 0.7 of the way there.
+# one token in two samples of three (w); what was shipped for a while is 0.7 of the way there (m). From w with one token in three
+# samples of four, near noise (y); from 0.85 of the way from m to y a short run with all numbers of tokens (z); what is shipped is 0.7 of the way from m to z.
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
     --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
@@ -42,10 +43,18 @@ OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji6
     --out out/emoji64-w --freeze_encoder --plain_k 2 --nested_dropout pow2 --few_power 2 --autoencoder_share 0 \
     --pure_noise_share 0 --t_mean 0.8 --lr 1.2e-3 --warmup 100 --batch_size 256 --steps 7000 --eval_every 1750 --seed 3
 mean out/soup out/emoji64-w 0.7 out/emoji64-m
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-w \
+    --out out/emoji64-y --freeze_encoder --plain_k 2 --nested_dropout pow2 --few_power 3 --autoencoder_share 0 \
+    --pure_noise_share 0 --t_mean 1.2 --lr 1.2e-3 --warmup 100 --batch_size 256 --steps 8500 --eval_every 2125 --seed 4
+mean out/emoji64-m out/emoji64-y 0.85 out/emoji64-n
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-n \
+    --out out/emoji64-z --freeze_encoder --plain_k 2 --nested_dropout pow2 --few_power 1 --autoencoder_share 0 \
+    --pure_noise_share 0 --t_mean 0.8 --lr 5e-4 --warmup 50 --batch_size 256 --steps 1000 --eval_every 1000 --seed 5
+mean out/emoji64-m out/emoji64-z 0.7 out/emoji64-p
 python - <<'END'
 import torch
 from model import FlexTok
-FlexTok.from_pretrained("out/emoji64-m").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
+FlexTok.from_pretrained("out/emoji64-p").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
 END
 # stage 2
 python train_ar.py --preset emoji64-cpu
