@@ -19,8 +19,9 @@ python vae.py --preset emoji64
 # one or two tokens of any view learn the plain image (v). (In the first four the shipped weights saw augmented views only; g
 # began from f's weights in 16 bits, and in it the encoder too saw the plain image wherever the decoder was to paint it.) g paints
 # the tokens of the training images sharply, v those of new ones less mixed. From halfway between them the same for longer, with
-# one token in two samples of three (w); what was shipped for a while is 0.7 of the way there (m). From w with one token in three
-# samples of four, near noise (y); from 0.85 of the way from m to y a short run with all numbers of tokens (z); what is shipped is 0.7 of the way from m to z.
+# one token in two samples of three (w); m is 0.7 of the way there. From w with one token in five samples of six, nearer noise (y),
+# which costs the long prefixes; from 0.85 of the way from m to y a short run with one token in two samples of five (z) that mends
+# them. What is shipped is 0.7 of the way from m to z.
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --stop_at 3305
 python train_tokenizer.py --preset emoji64-cpu --vae out/vae_emoji64 --init out/emoji64-cpu --out out/emoji64-b \
     --nested_dropout pow2 --autoencoder_share 0 --lr 6e-4 --warmup 50 --steps 1500 --stop_at 701
