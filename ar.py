@@ -689,7 +689,7 @@ class GPT(nn.Module):
         name = os.fspath(name)
         path = os.path.join(name, "config.json")
         if not os.path.isfile(path):
-            from pretrained import read_flexar  # late: it imports this file
+            from extras.pretrained import read_flexar  # late: it imports this file
             return read_flexar(name, device, dtype)
         saved = read_json(path)
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok prior":

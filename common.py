@@ -3,13 +3,11 @@ Plumbing shared by the scripts; no machine learning in here.
 
     dataclass --from_cli--> config --init_distributed--> Run(device, rank, world) --> loop --> out/<run>/
                                                                        config.json  model.safetensors  resume.pt  log.jsonl
-Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; the Hugging Face hub; logging;
-images.
+Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; logging.
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
 import argparse
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
@@ -18,16 +16,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
-import numpy as np
-import requests
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -474,185 +468,6 @@ def claim_directory(config, settings, free, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The Hugging Face hub: the same cache on disk as huggingface_hub, so that either finds what the other has fetched
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-RETRY_SECONDS = 1.0
-
-
-def find(name, config_file, weights_file):
-    """(path of the config, path of the weights) of a checkpoint: a directory, its weights file, or a hub name."""
-    name = os.fspath(name)
-    if os.path.isfile(name):
-        return os.path.join(os.path.dirname(name), config_file), name
-    if not os.path.isdir(name) and HUB_NAME.fullmatch(name):
-        try:
-            return hub_file(name, config_file), hub_file(name, weights_file)
-        except UserError as error:
-            raise UserError(f"{name}: not a file or directory here; {error}") from None
-    config_path = os.path.join(name, config_file)
-    if not os.path.isdir(name):
-        raise UserError(f"{config_path}: there is no directory {name}, nor is that a name on the hub (owner/name)")
-    return config_path, os.path.join(name, weights_file)
-
-
-def cache_directory():
-    """Where huggingface_hub keeps its files, by the same environment variables."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    home = os.environ.get("HF_HOME") or os.path.join(home, "huggingface")
-    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-
-
-def hub_file(repository, file):
-    """A file of a hub repository -> its path in the cache, downloaded if it is not there. Raises `UserError`.
-
-    models--OWNER--NAME/ refs/main (the commit's name)   blobs/ETAG (the contents)   snapshots/COMMIT/FILE -> ../../blobs/ETAG
-    """
-    cache, folder = cache_directory(), "models--" + repository.replace("/", "--")
-    reference = os.path.join(cache, folder, "refs", "main")
-    commit = open(reference).read().strip() if os.path.isfile(reference) else ""
-    path = os.path.join(cache, folder, "snapshots", commit or "none", file)
-    if os.path.exists(path):
-        return path
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"{repository}: {file} is not in the cache {cache}, and HF_HUB_OFFLINE forbids downloading it")
-    # the commit that is here already, if any: config and weights must belong together
-    commit, etag, size, url = hub_header(repository, file, "main" if commit in ("", no_commit(repository)) else commit)
-    blob = os.path.join(cache, folder, "blobs", etag)
-    path = os.path.join(cache, folder, "snapshots", commit, file)
-    try:
-        with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
-            if not os.path.isfile(blob):
-                fetch(url, blob, etag, size, f"{repository}/{file}")
-            if not os.path.exists(path):
-                with replacing(path) as temporary:
-                    os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
-            if not os.path.isfile(reference):
-                with replacing(reference) as temporary, open(temporary, "w") as out:
-                    out.write(commit)
-    except OSError as error:  # no space, no permission
-        raise UserError(f"{cache}: {repository}/{file} cannot be stored there ({error.strerror or error})") from None
-    return path
-
-
-def hub_header(repository, file, revision):
-    """Ask the hub for (commit, etag, size, address) of a file, without its contents. Raises `UserError`."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
-    for _ in range(5):  # redirects
-        answer = ask("HEAD", url, allow_redirects=False)  # the hub's own answer has the headers, not the storage behind it
-        moved = answer.headers.get("Location", "")
-        if answer.status_code not in (301, 302, 307, 308) or not moved.startswith("/"):
-            break
-        url = endpoint + moved  # the repository has another name now
-    if answer.status_code in (401, 403):
-        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence "
-                        f"at {endpoint}/{repository} and put your access token into HF_TOKEN")
-    if answer.status_code >= 400:
-        raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
-    commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
-    etag, size = etag.removeprefix("W/").strip('"'), answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
-    if not size.isdecimal():
-        raise UserError(f"{url}: the server does not say how long the file is")
-    # These become names of files, so they have to look like the hub's own. A plain file server has none: we make some up.
-    if re.fullmatch(r"[0-9a-f]{40}", commit):
-        url = f"{endpoint}/{repository}/resolve/{commit}/{file}"
-    else:
-        commit = no_commit(repository)
-    if not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII):
-        etag = "other-" + hashlib.sha1(f"{url} {etag} {size}".encode()).hexdigest()
-    return commit, etag, int(size), url
-
-
-def no_commit(repository):
-    """Stands for the commit of a repository on a server that does not name it."""
-    return hashlib.sha1(repository.encode()).hexdigest()
-
-
-def ask(method, url, headers={}, **options):
-    """requests.request, with the token if there is one and without compression; no connection raises `UserError`."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {}), **headers}
-    try:
-        return requests.request(method, url, headers=headers, timeout=(10, 30), **options)
-    except (requests.RequestException, ValueError) as error:
-        raise UserError(f"{url}: cannot be reached ({type(error).__name__}); if this machine is offline, copy the files here and "
-                        f"name their directory") from None
-
-
-@contextmanager
-def locked(path):
-    """Hold a lock file: of several processes that want the same file, one downloads it and the others wait."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        except ImportError:  # Windows
-            pass
-        yield
-
-
-def fetch(url, path, etag, size, label):
-    """Download `size` bytes to `path`, going on where an earlier attempt broke off; they must have the digest that is their etag."""
-    part, failures, problem = path + ".incomplete", 0, ""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    open(part, "ab").close()
-    if os.path.getsize(part) > size:
-        os.truncate(part, 0)
-    while (have := os.path.getsize(part)) < size:
-        if failures == 5:
-            raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again to go on from there")
-        problem = "closed too early"
-        try:
-            with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
-                if answer.status_code == 200 and have:  # no ranges here
-                    os.truncate(part, 0)
-                resumes = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                if answer.status_code != 200 and not resumes:
-                    problem = f"the server answered {answer.status_code}"
-                else:
-                    receive(answer, part, size, label)
-        except requests.RequestException as error:
-            problem = type(error).__name__
-        except UserError:
-            problem = "no connection"
-        if os.path.getsize(part) <= have:
-            failures += 1
-            time.sleep(RETRY_SECONDS * failures)
-    digest = file_digest(part, etag)
-    if os.path.getsize(part) != size or digest not in (None, etag):
-        os.remove(part)
-        raise UserError(f"{label}: what arrived is not the file (its digest or length is wrong); nothing was kept, try again")
-    os.replace(part, path)
-
-
-def receive(answer, part, size, label):
-    """Append the answer's bytes to `part`, with one line of progress; stops as soon as there are more than `size`."""
-    with open(part, "ab") as file:
-        shown_at = 0.0
-        for chunk in answer.iter_content(2**16):  # if the connection breaks, the chunk under way is lost
-            file.write(chunk)
-            have = file.tell()
-            if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
-                print(f"\r{label}: {have / 1e6:,.0f} of {size / 1e6:,.0f} MB", end="\n" if have >= size else "", file=sys.stderr, flush=True)
-                shown_at = time.time()
-            if have > size:
-                return
-
-
-def file_digest(path, etag):
-    """The digest that an etag of this length is: sha256 for large files, git's sha1 for small ones; None if neither."""
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
-        return None
-    digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Logging
 
 
@@ -692,134 +507,3 @@ def clock(seconds):
     """Seconds -> "1h02m" or "3m20s"."""
     seconds = int(seconds)
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Images
-
-
-# Only formats whose decoders stay inside Pillow: its EPS reader, for one, starts another program on the file.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 178_956_970       # where Pillow itself refuses: 0.5 GiB of RGB
-Image.MAX_IMAGE_PIXELS = None  # `opened` checks instead, because Pillow's message does not say width and height
-
-
-@contextmanager
-def opened(source):
-    """Yield the image in `source` (a path or a binary file object) with its header read and its pixels not yet decoded.
-
-    The content decides the format, not the file's name. Whatever fails, also inside the block, raises `UserError`.
-    """
-    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "image in memory")
-    try:
-        with Image.open(source, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if not 0 < width * height <= MAX_PIXELS:
-                raise UserError(f"{name}: {width} x {height} pixels; at least 1 and at most {MAX_PIXELS:,} are read")
-            yield image
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: not an image in a format that is read here ({', '.join(IMAGE_FORMATS)})") from None
-    except Exception as error:  # a damaged file makes Pillow raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{name}: cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
-
-
-def read_image(source):
-    """Path or binary file object -> PIL image, RGB, upright. The first frame of an animation; transparency becomes white."""
-    with opened(source) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))  # cameras store "turn me" in EXIF and leave the pixels lying
-
-
-def _to_rgb(image):
-    """A PIL image of any mode -> RGB; where Pillow's convert would clip (16 bits, floats) or drop alpha, do it by hand."""
-    see_through = image.info.get("transparency")  # of a PNG without alpha: the one colour that stands for "nothing here"
-    if image.mode == "RGB" and isinstance(see_through, tuple) and max(see_through) > 255:  # of 16 bits, of which Pillow keeps the upper 8
-        image.info["transparency"] = tuple(value >> 8 for value in see_through)
-    if image.mode == "F" or image.mode.startswith("I"):  # float, or integers wider than 8 bits
-        raw = np.asarray(image, dtype=np.float64)
-        values = np.where(np.isfinite(raw), raw, 0)
-        top = values.max()
-        if image.mode != "F":
-            full = max(65535, top)  # 65535 / 255 = 257; 32-bit files may hold more
-        else:
-            full = 1 if top <= 1 else max(255, top)  # floats come as 0..1, as 0..255, or in a unit of their own
-        image = Image.fromarray((values * (255 / full)).round().clip(0, 255).astype(np.uint8))
-        if isinstance(see_through, int):
-            image.putalpha(Image.fromarray(np.where(raw == see_through, 0, 255).astype(np.uint8)))
-    if image.has_transparency_data:  # an alpha channel, or one colour or palette entry declared transparent
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def fit(image, size):
-    """Scale the shorter side to `size` (an int, or (height, width)) and cut the centre out: one antialiased resampling."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-
-
-def to_tensor(image):
-    """PIL RGB image -> (3, H, W) float32 in [-1, 1]."""
-    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())  # (3, H, W)
-
-
-def to_float(images):
-    """uint8 -> float32 in [-1, 1], any shape."""
-    return (images.float() / 255 - 0.5) / 0.5
-
-
-def to_image(tensor):
-    """(3, H, W) in [-1, 1] -> PIL RGB image; values outside are clamped.
-
-    Rounds, so that to_image(to_tensor(image)) is the image again. The official helper truncates: up to one level darker.
-    """
-    pixels = (tensor.detach().float().cpu() * 0.5 + 0.5).clamp(0, 1) * 255
-    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())  # (H, W, 3)
-
-
-def psnr(images, reference):
-    """Peak signal-to-noise ratio in dB per image (B,): images, reference (B, 3, H, W) in [-1, 1], images clamped to it.
-
-    10·log10(peak² / mean squared error), with peak = 2, the width of the range.
-    """
-    error = (images.float().clamp(-1, 1) - reference.float()).square().flatten(1).mean(1)  # (B,)
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
-
-
-def draw_grid(rows, header=(), scale=1):
-    """One PIL image, a row for each entry of `rows`: a list of (3, H, W) tensors, or (B, 3, H, W), all in [-1, 1].
-
-    `header` puts a text over each column. Images under 128 pixels are enlarged by the next whole factor, each pixel a
-    square, so that nothing is smoothed that the model left rough; `scale` enlarges everything further.
-    """
-    rows = [[to_image(tensor) for tensor in row] for row in rows]
-    width, height = (max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
-    factor = scale * max(1, -(-128 // min(width, height)))
-    width, height, gap = width * factor, height * factor, 6
-    columns, top = max(len(row) for row in rows), 24 if header else 0
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap) + gap + top), "white")
-    draw = ImageDraw.Draw(sheet)
-    sizes = range(15, 8, -1)  # the largest of these at which every text fits its column, or else the smallest
-    font = next((f for f in map(ImageFont.load_default, sizes) if all(f.getlength(t) <= width for t in header)),
-                ImageFont.load_default(sizes[-1]))
-    for column, text in enumerate(header):
-        draw.text((gap + column * (width + gap) + width / 2, gap + top / 2), text, fill="black", font=font, anchor="mm")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-            sheet.paste(image, (gap + x * (width + gap), gap + top + y * (height + gap)))
-    return sheet
-
-
-def save_grid(path, rows, header=(), scale=1):
-    """Write the picture that `draw_grid` draws as a PNG."""
-    with replacing(path) as temporary:
-        draw_grid(rows, header, scale).save(temporary, format="PNG")  # the temporary name's ending says nothing
-
-
-def save_animation(path, frames, milliseconds):
-    """Write PIL images of one size as an animated WebP or GIF, by the ending of `path`; the last one stays for two seconds."""
-    with replacing(path) as temporary:
-        frames[0].save(temporary, format="WEBP" if path.endswith(".webp") else "GIF", save_all=True, append_images=frames[1:],
-                       duration=[milliseconds] * (len(frames) - 1) + [2000], loop=0)

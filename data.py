@@ -24,7 +24,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from common import Run, UserError, fit, opened, read_image, read_json, save_grid, to_float
+from common import Run, UserError, read_json
+from images import fit, opened, read_image, save_grid, to_float
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 BICUBIC = Image.Resampling.BICUBIC

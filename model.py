@@ -600,7 +600,7 @@ class FlexTok(nn.Module):
         path = os.path.join(name, "config.json")
         saved = read_json(path) if os.path.isfile(path) else None
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok":
-            from pretrained import read_flextok
+            from extras.pretrained import read_flextok
             return read_flextok(name, device, dtype)
         try:
             model = unloaded(TokenizerConfig(**_tuples(saved["tokenizer"])), VAEConfig(**_tuples(saved["vae"])))

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from ar import GPT
-from common import (UserError, autocast, check_range, command, draw_grid, fit, from_cli, has_native_bf16, pick_device, psnr, read_image,
-                    read_json, replacing, save_animation, save_grid, shown, to_image, to_tensor, write_json)
+from common import (UserError, autocast, check_range, command, from_cli, has_native_bf16, pick_device, read_json,
+                    replacing, shown, write_json)
+from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, to_image, to_tensor
 from data import Emoji, list_files, report_skipped, spread
 from model import FlexTok, powers_of_two
 

@@ -5,8 +5,10 @@ All tests, in reading order. Each section's header says which mistakes it exists
     python test_all.py judge out/cpu out/cpu-prior                          # scores a prior of shapes; minutes
     python test_all.py copies assets/emoji64 assets/emoji64/prior           # does it copy its training images?
 """
+import ast
 import copy
 import dataclasses
+import glob
 import hashlib
 import http.server
 import inspect
@@ -34,24 +36,25 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ar
-import bench
+from extras import bench
+from extras import hub as hub_module
 import common
 import flow
 import model
-import pretrained
+from extras import pretrained
 import sample
 import train_ar
 import train_tokenizer
 import vae as vae_module
 from ar import GPT, DigitTable, GPTConfig, choose, cross_entropy, in_halves, probabilities
-from common import (Run, UserError, fit, from_cli, learning_rate, make_ema, psnr, read_image, replacing, save_grid, to_image,
-                    to_tensor)
+from common import Run, UserError, from_cli, learning_rate, make_ema, replacing
+from images import fit, psnr, read_image, save_grid, to_image, to_tensor
 from data import (COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, contrast, files_digest, list_files, open_data, split_paths,
                   to_float)
 from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, powers_of_two, round_up_to_pow2, sample_k,
                    sincos_2d, unpatchify)
-from pretrained import export_official
+from extras.pretrained import export_official
 from text import END, WORD_BYTES, CaptionConfig, CaptionEncoder
 from vae import VAE, Posterior, VAEConfig, VAETrainConfig, adaptive_weight, config_from_diffusers, hinge_loss, spread
 
@@ -2886,7 +2889,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(hub_module, "RETRY_SECONDS", 0.0)
     source = f"{HERE}/golden/vae_c4"
     Hub.files = {f"a/b/{name}": open(f"{source}/{name}", "rb").read() for name in ("config.json", WEIGHTS)}
     yield Hub
@@ -2965,10 +2968,10 @@ def test_a_checkpoint_of_ours_can_be_named_by_its_weights_file_and_no_other_file
 
 @pytest.mark.parametrize("faults, gets", [(["drop"], 2), (["drop", "drop", 503, "drop"], 5), (["short"], 2), (["drop", "no ranges"], 2)])
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tmp_path, faults, gets):
-    common.hub_file("a/b", "config.json")
+    hub_module.hub_file("a/b", "config.json")
     hub.seen.clear()
     hub.faults[:] = faults
-    path = common.hub_file("a/b", WEIGHTS)
+    path = hub_module.hub_file("a/b", WEIGHTS)
     assert open(path, "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
     spans = [span for kind, _, span in hub.seen if kind == "GET"]
     assert len(spans) == gets and spans[0] is None and all(span.startswith("bytes=") for span in spans[1:])
@@ -3005,14 +3008,14 @@ def test_a_repository_that_is_gated_absent_or_out_of_reach_is_explained(hub, tmp
 
 def test_two_processes_that_ask_at_once_download_once(hub, tmp_path):
     hub.faults[:] = [None, "drop"]
-    common.hub_file("a/b", "config.json")
-    running = [multiprocessing.get_context("fork").Process(target=common.hub_file, args=("a/b", WEIGHTS)) for _ in range(2)]
+    hub_module.hub_file("a/b", "config.json")
+    running = [multiprocessing.get_context("fork").Process(target=hub_module.hub_file, args=("a/b", WEIGHTS)) for _ in range(2)]
     for process in running:
         process.start()
     for process in running:
         process.join(60)
     assert [process.exitcode for process in running] == [0, 0]
-    assert open(common.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
+    assert open(hub_module.hub_file("a/b", WEIGHTS), "rb").read() == hub.files[f"a/b/{WEIGHTS}"]
     assert sum(kind == "GET" and WEIGHTS in path for kind, path, _ in hub.seen) == 2  # one attempt that dropped, one that went on
 
 
@@ -3022,7 +3025,7 @@ sys.path.insert(0, {here!r})
 import torch
 from common import load_weights
 from model import FlexTok, TokenizerConfig, unloaded
-from pretrained import export_official
+from extras.pretrained import export_official
 from vae import VAEConfig
 path = {path!r}
 start = time.time()
@@ -3288,14 +3291,42 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
     assert Image.open("out/generate.png").size[0] > 100
 
 
+# Who may import whom: a file imports from floors below its own only, and nothing of `extras` outside a function
+FLOORS = [{"common"}, {"images"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar"}, {"video"}, {"evaluate"},
+          {"train_tokenizer", "train_ar", "sample"}]
+
+
+def test_no_file_imports_upwards_and_the_top_level_reaches_extras_only_inside_functions():
+    floor_of = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+    for path in glob.glob(f"{HERE}/*.py"):
+        name = os.path.basename(path)[:-3]
+        if name == "test_all":
+            continue
+        tree = ast.parse(open(path, encoding="utf-8").read())
+        found = [module for node in ast.walk(tree) for module in
+                 ([node.module] if isinstance(node, ast.ImportFrom) else
+                  [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])]
+        ours = [module for module in found if module in floor_of]
+        if name == "tiny":
+            assert not ours, f"tiny.py imports {ours}: it stands alone"
+            continue
+        assert name in floor_of, f"{name}.py: which floor is it on?"
+        for module in ours:
+            assert floor_of[module] < floor_of[name], f"{name}.py imports {module}, which is not below it"
+        for node in tree.body:
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else \
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(module.split(".")[0] == "extras" for module in modules), f"{name}.py imports extras at its top level"
+
+
 def test_the_readme_s_file_table_and_commands_are_current():
     readme = open(f"{HERE}/README.md", encoding="utf-8").read()
-    table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M))
-    assert table.keys() == {name for name in os.listdir(HERE) if name.endswith(".py")}
-    for name, lines in table.items():
-        assert int(lines) == len(open(f"{HERE}/{name}", encoding="utf-8").readlines()), f"{name}: update its line count in README.md"
-    assert len(readme.splitlines()) <= 250
-    for script, flags in re.findall(r"python (\w+\.py)([^\n#&`]*)", readme):
+    table = re.findall(r"^\| `([\w/]+\.py)` \|", readme, re.M)
+    assert sorted(table) == sorted(os.path.relpath(path, HERE) for pattern in ("*.py", "extras/*.py") for path in glob.glob(f"{HERE}/{pattern}"))
+    for script, flags in re.findall(r"python (?:-m )?([\w.]+)([^\n#&`]*)", readme):
+        script = script if script.endswith(".py") else script.replace(".", "/") + ".py"
+        if not os.path.exists(f"{HERE}/{script}"):
+            continue  # python -m pytest
         source = open(f"{HERE}/{script}", encoding="utf-8").read()
         for flag in re.findall(r"--(\w+)", flags):
             assert flag == "preset" or re.search(rf"^    {flag}: ", source, re.M), f"README: {script} has no --{flag}"

@@ -28,9 +28,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
-from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory, clock, command,
-                    fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, read_json,
-                    replacing, save_grid, save_resume, seed_step, snapshot, to_float, write_json)
+from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory,
+                    clock, command, fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema,
+                    provenance, read_json, replacing, save_resume, seed_step, snapshot, write_json)
+from images import save_grid, to_float
 from data import Shapes, batches, files_digest, get_readable, open_data
 from model import FlexTok, powers_of_two
 from text import CaptionConfig, CaptionEncoder

@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory, clock,
-                    command, fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema, provenance, psnr, read_json,
-                    replacing, save_grid, save_resume, seed_step, snapshot, split_like, to_float, write_json)
+from common import (Background, Log, StopRequest, UserError, attention_kernel, autocast, check_range, claim_directory,
+                    clock, command, fill_with_average, from_cli, init_distributed, learning_rate, load_resume, make_ema,
+                    provenance, read_json, replacing, save_resume, seed_step, snapshot, split_like, write_json)
+from images import psnr, save_grid, to_float
 from data import batches, files_digest, get_readable, open_data, spread
 from fsq import FSQ
 from model import Attention, FlexTok, TokenizerConfig, powers_of_two, sample_k, unloaded

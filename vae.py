@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Background, Log, StopRequest, UserError, autocast, check_range, claim_directory, clock, command, fill_with_average,
-                    find, from_cli, init_distributed, learning_rate, load_resume, load_tensors, load_weights, make_ema, provenance, psnr,
-                    read_json, save_grid, save_resume, save_tensors, seed_step, snapshot, to_float, write_json)
+from common import (Background, Log, StopRequest, UserError, autocast, check_range, claim_directory, clock, command,
+                    fill_with_average, from_cli, init_distributed, learning_rate, load_resume, load_tensors,
+                    load_weights, make_ema, provenance, read_json, save_resume, save_tensors, seed_step, snapshot,
+                    write_json)
+from images import psnr, save_grid, to_float
 from data import batches, open_data, spread
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,6 +291,7 @@ class VAE(nn.Module):
 
         dtype: of the weights; None is as stored. Raises `UserError` if unfit.
         """
+        from extras.hub import find  # late: only who asks for a name of the hub needs it
         config_path, weights_path = find(name, "config.json", "diffusion_pytorch_model.safetensors")
         config = config_from_diffusers(read_json(config_path), config_path)
         with torch.device("meta"):  # shapes without memory, until the weights come

@@ -3,10 +3,10 @@ How fast, and against what: every figure beside a plain computation of the same 
 
     our code and the plain one, in turns, several times --> median of each, their ratio, and how far their results differ
 
-    python bench.py                              # tokenize, detokenize, train, vae: d12-d12 at 256 px, float32
-    python bench.py generate loss                # the prior: with its cache and without; its loss in chunks and at once
-    python bench.py memory                       # what training holds in memory, by preset; computed, not measured
-    python bench.py scaling                      # curves over batch, k, depth and image size, out/scaling.png
+    python -m extras.bench                              # tokenize, detokenize, train, vae: d12-d12 at 256 px, float32
+    python -m extras.bench generate loss                # the prior: with its cache and without; its loss in chunks and at once
+    python -m extras.bench memory                       # what training holds in memory, by preset; computed, not measured
+    python -m extras.bench scaling                      # curves over batch, k, depth and image size, out/scaling.png
 
 Plain means: all K registers kept, a dense mask, a modulation for every token, each pass of guidance for itself, no cache.
 GFLOP are counted operation by operation (two for a multiplication with an addition), the share of the peak is against the
@@ -440,7 +440,8 @@ def peak_bytes(side, row, config, device, part):
         value = getattr(config, field.name)
         if field.name not in ("part", "json", "side", "row") and not isinstance(value, bool):
             flags += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    done = subprocess.run([sys.executable, __file__, part, *flags, "--side", side, "--row", row.name], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, "-m", "extras.bench", part, *flags, "--side", side, "--row", row.name], stdout=subprocess.PIPE, check=True,
+                          cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return int(done.stdout)
 
 

@@ -10,9 +10,9 @@ the table does not know is refused by name. Tensors come from safetensors only, 
 against the sizes that the config asks for before anything is allocated. The public calls are `from_pretrained` of FlexTok,
 VAE and GPT; this file is what they use for everything that is not ours.
 
-    python pretrained.py inspect EPFL-VILAB/flextok_d12_d12_in1k       # sizes, options, parameters, anything unusual
-    python pretrained.py convert EPFL-VILAB/flextok_d12_d12_in1k out/mine        # official form -> ours
-    python pretrained.py convert assets/emoji64 out/official                     # our form -> the official one
+    python -m extras.pretrained inspect EPFL-VILAB/flextok_d12_d12_in1k       # sizes, options, parameters, anything unusual
+    python -m extras.pretrained convert EPFL-VILAB/flextok_d12_d12_in1k out/mine        # official form -> ours
+    python -m extras.pretrained convert assets/emoji64 out/official                     # our form -> the official one
 
 The official weights have licences of their own (research only); none of them are in this repository.
 """
@@ -26,8 +26,9 @@ from math import inf
 import torch
 
 from ar import GPT, GPTConfig, hidden_size
-from common import (HUB_NAME, UserError, command, find, from_cli, hub_file, load_tensors, load_weights, open_header,
-                    read_json, replacing, save_tensors, shown, write_json)
+from common import (UserError, command, from_cli, load_tensors, load_weights, open_header, read_json, replacing,
+                    save_tensors, shown, write_json)
+from extras.hub import HUB_NAME, find, hub_file
 from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
 from vae import VAE, VAEConfig, config_from_diffusers, modern_names
 
