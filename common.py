@@ -2,12 +2,15 @@
 Plumbing shared by the scripts; no machine learning in here.
 
     dataclass --from_cli--> config --init_distributed--> Run(device, rank, world) --> loop --> out/<run>/
-                                                                       config.json  model.safetensors  resume.pt  log.jsonl
-Sections: command line and errors; devices and torchrun; schedule and EMA; files and checkpoints; logging.
+                                                         resume.pt   model.safetensors   config.json   log.jsonl
+Sections: command line and errors; devices and torchrun; schedule, averages, random numbers; files; runs.
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
 import argparse
+import atexit
 import dataclasses
+import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -16,6 +19,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -43,17 +47,30 @@ def shown(value):
 
 
 def command(main, *args):
-    """Run a script's `main(*args)`; a `UserError`, or a file that the system refuses, becomes one line on stderr and exit code 2."""
+    """Run a script's `main(*args)`; what the user or the system can mend becomes one line on stderr and exit code 2.
+
+    That is a `UserError`; a file or disk that the system refuses; a reader of the output who has gone away (`| head`).
+    Ctrl-C ends the program in one line as well, with code 130 as shells expect.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to press Ctrl-C
     try:
-        return main(*args)
+        result = main(*args)
+        sys.stdout.flush()  # a full disk or a closed pipe behind it shows here at the latest
+        return result
     except UserError as error:
-        problem = error
-    except OSError as error:  # no permission, a full disk, a name that is too long or leads through a file
-        if error.filename is None:
+        problem, code = f"error: {error}", 2
+    except OSError as error:
+        if error.strerror is None:
             raise
-        problem = f"{error.filename}: {error.strerror}"
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+        problem, code = f"error: {error.filename or 'output'}: {error.strerror}", 2
+    except KeyboardInterrupt:
+        problem, code = "stopped", 130
+    print(problem, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python writes what is left when it ends, and would fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def check_range(config, least, most, *names):
@@ -61,39 +78,119 @@ def check_range(config, least, most, *names):
     for name in names:
         value = getattr(config, name)
         if not (least <= value <= most and math.isfinite(value)):
-            raise UserError(f"--{name} {value}: expected " + (f"at least {least}" if most == math.inf else f"{least} to {most}"))
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"--{name} {value}: expected {expected}")
 
 
-def from_cli(Config, presets={}, argv=None, positional=""):
-    """Build the dataclass `Config` from the command line: one --flag per field, and the field's comment is its help text.
+def nearest(word, words):
+    """"; did you mean X?", where X is the one of `words` that is most like `word`; "" if none is like it."""
+    near = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
-    `presets` maps a name to field values that replace the defaults; flags given by the user win over both. Tuples are
-    given as several words (--ks 1 2 4); the field named `positional` takes the words without a flag. An unknown flag or a
-    value of the wrong type ends the program with code 2.
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line instead of a screen of usage, and -1e-3 is a number, not an unknown flag."""
+
+    def __init__(self, **options):
+        # allow_abbrev: without this, --time would silently mean --timesteps
+        super().__init__(allow_abbrev=False, add_help=False, **options,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
+    def error(self, message):
+        self.exit(2, f"error: {message.removeprefix('argument ')[:300]}\n")
+
+
+def from_cli(Config, presets={}, argv=None, positional="", needs_preset=False):
+    """Build the dataclass `Config` from the command line: a --flag per field, whose comment is its help text.
+
+    Tuples are given as several words (--ks 1 2 4) or by repeating the flag. positional: names of the fields that take
+    the words without a flag, in that order ("tokenizer prior"); a tuple takes all. presets: {name: values that replace
+    the defaults}, and flags win over both; the comment behind `"name": dict(` says what a preset needs and takes. With
+    `needs_preset` a command without --preset and --data prints these and stops: a run of days should not begin because
+    a flag was forgotten. Whatever is wrong ends the program with one line and code 2.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    fields = [field.name for field in dataclasses.fields(Config)]
+    names = [name for name in positional.split() if name in fields]
+    parser = Parser(description=inspect.cleandoc(Config.__doc__ or ""),
+                    usage=" ".join(["%(prog)s", *(f"[{name}]" for name in names), "[--flag value ...]"]))
+    chosen = {}
+    if presets:
+        known = list_presets(Config, presets)
+        parser.epilog = f"presets; --preset NAME --help shows the values of one:\n{known}"
+        parser.add_argument("--preset", metavar="NAME", help="start from a named set of values; flags override it")
+        name = parser.parse_known_args(argv)[0].preset
+        if name is not None and name not in presets:
+            parser.error(f"--preset {name[:80]}: expected {', '.join(presets)}{nearest(name, presets)}")
+        chosen = presets.get(name, {})
+    parser.add_argument("-h", "--help", action="help", help="show this and exit")
+    add_fields(parser, Config, chosen, names)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0][:80]
+        flags = [f"--{start}{name}" for name in fields if name not in names for start in ("", "no-")]
+        parser.error(f"{word}: no such flag{nearest(word, [*flags, '--preset', '--help'])}" if word.startswith("-") else
+                     f"{word}: belongs to no flag; names come first, then the flags")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(values).items()}
+    if presets and not given.pop("preset") and needs_preset and "data" not in given:
+        parser.exit(2, f"error: name one of these with --preset, or your own --data; --preset NAME --help shows its "
+                       f"values\n{known}\n")
+    return Config(**{**chosen, **given})
+
+
+def list_presets(Config, presets):
+    """A line per preset: its name and the comment behind it in the file that defines `Config`."""
+    source = inspect.getsource(sys.modules[Config.__module__])
+    notes = dict(re.findall(r'^ +"([^"]+)": dict\([^#\n]*# *(.+)$', source, re.M))
+    return "\n".join(f"  {name:{max(map(len, presets))}}  {notes.get(name, '')}".rstrip() for name in presets)
+
+
+def add_fields(parser, Config, chosen, positional):
+    """A flag per field of `Config`; the parser's result holds those that were given. `chosen`: the preset's values."""
     notes = dict(re.findall(r"^\s+(\w+)\s*:[^#\n]*#\s*(.+)$", inspect.getsource(Config), re.M))
-    # allow_abbrev: without this, --time would silently mean --timesteps
-    parser = argparse.ArgumentParser(description=(Config.__doc__ or "").strip(), allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    if presets:
-        parser.add_argument("--preset", choices=list(presets), help="start from a named set of values; flags override it")
     for field in dataclasses.fields(Config):
-        default, help_text = field.default, notes.get(field.name, " ").replace("%", "%%")  # a bare % would crash --help
-        if field.name == positional:
-            parser.add_argument(field.name, nargs="*", default=default, help=help_text)
-            continue
-        if isinstance(default, bool):  # type=bool would read "False" as true
+        default = chosen.get(field.name, field.default)
+        written = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        text = notes.get(field.name, "") + (f" (default: {written})" if written else "")
+        text = text.replace("%", "%%")  # argparse takes % for the start of a name
+        several = isinstance(default, tuple)
+        like = type((*field.default, "")[0] if several else field.default)
+        if field.name in positional:
+            count = "*" if several else "?"
+            parser.add_argument(field.name, nargs=count, type=like, default=argparse.SUPPRESS, help=text)
+            if several:
+                continue  # a single word may be given as a flag as well
+        kind = dict(type=like, metavar=like.__name__.upper())
+        if like is bool:  # type=bool would read "False" as true
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, tuple):
-            kind = dict(nargs="+", type=type(default[0]), metavar=type(default[0]).__name__.upper())
-        else:
-            kind = dict(type=type(default), metavar=type(default).__name__.upper())
-        parser.add_argument("--" + field.name, default=default, help=help_text, **kind)
-    if presets:
-        parser.set_defaults(**presets.get(parser.parse_known_args(argv)[0].preset, {}))
-    values = vars(parser.parse_args(argv))
-    values.pop("preset", None)
-    return Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        elif several:
+            kind.update(action="extend", nargs="+")
+        parser.add_argument("--" + field.name, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def shipped(path):
+    """A path that begins with assets/ and is not in the current folder is meant beside this file."""
+    path = os.fspath(path)
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+    return beside if re.match(r"assets[/\\]", path) and not os.path.exists(path) and os.path.exists(beside) else path
+
+
+def check_output(path):
+    """Raise `UserError` if `path`, a file or a folder of several, cannot be written. To be asked before computing."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # any other error, such as a name that is too long, is the answer
+    folder = os.path.abspath(path)
+    if not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"--out {path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {path}: {folder} cannot be written to; name another place")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,11 +208,16 @@ class Run:
     def is_main(self):
         return self.rank == 0
 
+    def part(self, B):
+        """This process's slice of a batch of B that all processes share."""
+        return slice(self.rank * B // self.world, (self.rank + 1) * B // self.world)
+
 
 def pick_device(name="auto"):
-    """"auto" -> cuda, else mps, else cpu. A device asked for by name and absent raises `UserError`: no silent fallback."""
+    """"auto" -> cuda, else mps, else cpu. A device asked for by name and absent raises `UserError`."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -125,21 +227,30 @@ def pick_device(name="auto"):
 
 
 def init_distributed(device="auto"):
-    """The launcher decides: RANK in the environment (torchrun) -> a process group, nccl on CUDA, else gloo. Absent -> world 1.
+    """The launcher decides: RANK in the environment (torchrun) -> a process group; else one process. Returns a `Run`.
 
-    Returns a `Run`. The same training code then runs on one CPU, one GPU or many.
+    The same training code then runs on one CPU, one GPU or many. Gradients travel over nccl between GPUs; what the
+    processes only agree on, such as whether to stop, over gloo between CPUs, so that no GPU is waited for.
     """
     if "RANK" not in os.environ:
         return Run(pick_device(device))
-    device = pick_device(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    on_gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+    if on_gpu:  # first of all: whatever touches a GPU before takes memory of the first one, in every process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else pick_device(device)
     if not dist.is_initialized():
-        # A day: some things the main process does alone, such as filling a cache or evaluating, and the others wait. If one of
-        # them dies, torchrun ends the others at once, without waiting so long.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        # A day: some things the main process does alone, such as filling a cache or evaluating, and the others wait.
+        # If one of them dies, torchrun ends the others at once, without waiting so long.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=1),
+                                device_id=device if on_gpu else None)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Run(device, dist.get_rank(), dist.get_world_size())
+
+
+def barrier(run):
+    """Wait until all processes are here; over gloo, so that no GPU is waited for."""
+    if run.world > 1:
+        dist.all_reduce(torch.zeros(1))
 
 
 def autocast(device, precision):
@@ -156,11 +267,14 @@ def autocast(device, precision):
 
 
 def attention_kernel(device):
-    """Context that picks the kernel of attention in training, to be entered inside `autocast`: torch's own choice, but for one case.
+    """Context that picks the kernel of attention, to be entered inside `autocast`.
 
-    torch 2.13's fused CPU kernel is slow backwards in bfloat16 for short sequences: with it, a step of the cpu preset takes
-    twice as long as with the plain one. In float32 it is the faster one (measured from 80 to 512 tokens), and keeps no n x n matrix.
+    On CUDA flash, else the memory-efficient one: cuDNN's, torch's first choice on Hopper, plans anew for every shape.
+    On a CPU torch's own choice, but in bfloat16: there its fused kernel is slow backwards for short sequences (a step
+    of the cpu preset takes twice as long as with the plain one). In float32 the fused one is faster (80 to 512 tokens).
     """
+    if device.type == "cuda":
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and torch.is_autocast_enabled("cpu") else nullcontext()
 
 
@@ -174,8 +288,43 @@ def has_native_bf16(device):
     return False  # mps: left at float32, not tested here
 
 
+def shard(trunks, units, run, precision):
+    """Split modules over the processes (FSDP2, ZeRO stage 3): of each tensor and its gradient, each holds 1/world.
+
+    A unit's weights are gathered when it computes, forwards and once more backwards, and then dropped; `trunks` are the
+    modules that hold the units and whatever is in none of them. Unlike DDP this sums gradients after every micro-batch:
+    those that waited for the last one would have to be whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # late: not in every build of torch
+    mesh = init_device_mesh(run.device.type, (run.world,))
+    with autocast(run.device, precision):
+        bf16 = torch.is_autocast_enabled(run.device.type)
+    # Units hold only what autocast casts: gathered in bfloat16 they give the same numbers for half the traffic. And
+    # autocast's own copies would stay, whole, until the backward pass. The residual stream is float32.
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for trunk in trunks:
+        # What is in no unit. Dropped after the forward pass too: of a frozen trunk there is no backward pass to do it
+        fully_shard(trunk, mesh=mesh, reshard_after_forward=True)
+
+
+def split_like(state, like):
+    """A state dict of whole tensors -> each split over the processes as its namesake in `like` is, if that is.
+
+    One tensor in `like` may stand for a dict: its shape says which of those are split (AdamW's moments, not its step).
+    """
+    if isinstance(state, dict):
+        return {name: split_like(x, like.get(name) if isinstance(like, dict) else like) for name, x in state.items()}
+    if hasattr(like, "full_tensor") and torch.is_tensor(state) and state.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor  # late: not in every build of torch
+        return distribute_tensor(state, like.device_mesh, like.placements)
+    return state
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Schedule and EMA
+# Schedule, averages, random numbers
 
 
 def learning_rate(step, peak, warmup, steps, final=0.01):
@@ -186,46 +335,98 @@ def learning_rate(step, peak, warmup, steps, final=0.01):
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_ema(model, decay):
-    """A copy of `model` whose parameters follow p_ema <- d·p_ema + (1-d)·p at each `.update_parameters(model)`.
+class Average(AveragedModel):
+    """`.module`: a copy of a model whose parameters follow p_ema <- d·p_ema + (1-d)·p at each update.
 
     d = min(decay, (1+n)/(10+n)) at update n, so that a short run is not dominated by its random initial weights
-    (the rule of tf.train.ExponentialMovingAverage). The averaged model is `.module`.
+    (the rule of tf.train.ExponentialMovingAverage). torch's own update would wait for the GPU each time.
     """
-    def average(ema_params, params, n):
-        n = int(averaged.n_averaged)  # the argument is a copy on the device, and reading it would wait for the device
-        d = min(decay, (1 + n) / (10 + n))
-        own = lambda tensors: [x.to_local() if hasattr(x, "to_local") else x for x in tensors]  # noqa: E731, this process's part
-        torch._foreach_lerp_(own(ema_params), own(params), 1 - d)
-    averaged = AveragedModel(model, multi_avg_fn=average).requires_grad_(False)
-    return averaged
+
+    def __init__(self, model, decay):
+        super().__init__(model)
+        self.decay = decay
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        n = self.n_averaged.item()  # on the CPU
+        d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        local = lambda x: x.to_local() if hasattr(x, "to_local") else x           # noqa: E731, this process's part
+        pairs = [(mine, p) for mine, p in zip(self.module.parameters(), model.parameters()) if p.requires_grad]
+        torch._foreach_lerp_([local(mine) for mine, _ in pairs], [local(p) for _, p in pairs], 1 - d)
+        for mine, buffer in zip(self.module.buffers(), model.buffers()):
+            mine.copy_(buffer)
+        self.n_averaged += 1
 
 
 def fill_with_average(module, ema):
-    """Give `module`, which may be on "meta", the averaged weights in `ema`, the state dict of what `make_ema` returns.
-
-    Returns it, in eval mode. They are not copied.
-    """
+    """Give `module`, which may be on "meta", the weights in `ema`, an `Average`'s state dict; returns it."""
     weights = {name.removeprefix("module."): x for name, x in ema.items() if name != "n_averaged"}
     module.load_state_dict(weights, assign=True)
     return module.eval()
 
 
+def number_of(*key):
+    """A seed for `key`, say (seed, step, "noise"). Hashed: torch's CPU generator uses the lowest 32 bits only."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+def generator(device, *key):
+    """A random generator on `device` for `key`: what it draws depends on nothing else."""
+    return torch.Generator(device).manual_seed(number_of(*key))
+
+
+def seed_step(seed, step, run):
+    """Seed torch's global generators for this step and rank."""
+    torch.manual_seed(number_of(seed, step, run.rank))
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Files and checkpoints
+# Files
+
+
+@contextmanager
+def writing(path):
+    """What the system refuses inside, a full disk for one, raises `UserError` naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or shown(str(error))})") from None
 
 
 @contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path` and rename it over `path` if the block succeeds: no reader sees half a file."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    """Yield a temporary path beside `path` and rename it over `path` if the block succeeds: no reader sees half a file.
+
+    A full disk, or whatever else the system refuses, raises `UserError` naming `path`; what was there before stays.
+    """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+@contextmanager
+def locked(path, what=None):
+    """Hold the lock file `path` for this process. If another one holds it, raise `UserError(what)`, or wait if None.
+
+    The system drops the lock when its process ends, however that ends. Windows and some file systems have none.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if what is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(what) from None
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def write_json(path, value):
@@ -240,7 +441,7 @@ def read_json(path):
     try:
         if os.path.getsize(path) > 2**30:
             raise UserError(f"{path}: larger than 1 GiB, which no JSON file of ours is")
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Windows' editors write a mark at the beginning
             return json.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -248,41 +449,70 @@ def read_json(path):
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-STORED_AS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-             torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+def checked(Config, fields, where):
+    """JSON `fields` -> the dataclass `Config`, checked against its defaults; what is left out keeps its default.
+
+    A list becomes a tuple whose elements are like the default's first (integers if it has none); an integer will do for
+    a float. Numbers are at most 2^31 and not negative; where the default is above 0, so are they. `where`: the file and
+    the entry that they are from. Raises `UserError` naming it, the field, its value and what was expected.
+    """
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} is {shown(fields)}, expected the fields of a {Config.__name__}")
+    defaults, values = {field.name: field.default for field in dataclasses.fields(Config)}, {}
+    for name, value in fields.items():
+        if name not in defaults:
+            raise UserError(f"{where}: unknown field {shown(name)}")
+        default, many = defaults[name], isinstance(defaults[name], tuple)
+        like = (*default, 0)[0] if many else default
+        number = type(like) in (int, float)
+        positive = number and like > 0
+        kinds = (int, float) if type(like) is float else (type(like),)  # not isinstance: True is an int
+        items = value if many and isinstance(value, (list, tuple)) else [value]
+        fits = all(type(x) in kinds and (not number or 0 < x <= 2**31 or x == 0 and not positive) for x in items)
+        if not fits or many != isinstance(value, (list, tuple)) or positive and not items:
+            what = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[type(like)]
+            raise UserError(f"{where}: {name} is {shown(value)}, expected {'a list, each ' * many}{what}"
+                            f"{' above 0' if positive else ' from 0' * number}")
+        values[name] = tuple(value) if many else type(like)(value)
+    return Config(**values)
+
+
+# safetensors' names
+STORED_AS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def save_tensors(path, tensors, dtype=torch.float32, keep=(), metadata={"format": "pt"}):
     """Write a state dict as safetensors, atomically: floating-point tensors in `dtype`, but for those named in `keep`.
 
-    dtype=None writes all of them as they are. metadata: texts for the file's header; older loaders insist on this default.
+    dtype=None writes all as they are. metadata: texts for the file's header; older loaders insist on this default.
     One tensor at a time: safetensors' own save_file holds a second copy of all of them in memory.
     """
-    kinds = {name: dtype if dtype and x.is_floating_point() and name not in keep else x.dtype for name, x in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide types first: every tensor stays aligned
+    kinds = {name: dtype if dtype and x.is_floating_point() and name not in keep else x.dtype
+             for name, x in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # wide types first: all stay aligned
     header, end = {"__metadata__": metadata}, 0
     for name in order:
         start, end = end, end + tensors[name].numel() * kinds[name].itemsize
-        header[name] = {"dtype": STORED_AS[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": STORED_AS[kinds[name]], "shape": shape, "data_offsets": [start, end]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            file.write(tensors[name].detach().to("cpu", kinds[name]).contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,)
+            stored = tensors[name].detach().to("cpu", kinds[name]).contiguous()
+            file.write(stored.view(-1).view(torch.uint8).numpy())                 # (bytes,)
 
 
 def load_tensors(path):
-    """Open a safetensors file, {name: tensor}. The tensors are mapped from the file: its bytes are read when they are used.
-
-    Raises `UserError` if it is missing or damaged.
-    """
+    """A safetensors file as {name: tensor}, mapped: bytes are read when used. Raises `UserError` if it is unfit."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         return load_file(path)
     except (SafetensorError, OSError, MemoryError) as error:
-        raise UserError(f"{path}: not a valid safetensors file ({error})") from None
+        raise UserError(f"{path}: not a valid safetensors file ({shown(str(error))})") from None
 
 
 def open_header(path):
@@ -292,44 +522,198 @@ def open_header(path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError, MemoryError) as error:
-        raise UserError(f"{path}: not a valid safetensors file ({error})") from None
+        raise UserError(f"{path}: not a valid safetensors file ({shown(str(error))})") from None
 
 
 def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=(), called={}):
     """Put `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`.
 
-    They take the place of the module's own, which may therefore be on "meta", without memory. A tensor that already has the
-    right type and device stays mapped from the file. dtype: None is as stored; tensors named in `keep` become float32
+    They take the place of the module's own, which may therefore be on "meta", without memory. A tensor that already has
+    the right type and device stays mapped from the file. dtype: None is as stored; tensors in `keep` become float32
     otherwise. called: {name: its name in the file} where that differs, for the errors.
     """
     wanted = module.state_dict()
+
+    def label(name):
+        return shown(called.get(name, name))[1:-1]
+
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     for kind, names in (("lacks", missing), ("has the unexpected", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path}: {kind} tensor {called.get(names[0], names[0])}{more}; it belongs to a model of other sizes "
-                            f"or another kind")
+            raise UserError(f"{path}: {kind} tensor {label(names[0])}{more}; it belongs to a model of other sizes or "
+                            f"another kind")
     for name, x in tensors.items():
-        tensor = f"{path}: tensor {called.get(name, name)}"
+        tensor = f"{path}: tensor {label(name)}"
         if x.shape != wanted[name].shape:
-            raise UserError(f"{tensor} is {list(x.shape)}, expected {list(wanted[name].shape)}")
-        if x.is_floating_point() != wanted[name].is_floating_point() or x.is_floating_point() and x.element_size() < 2:
+            raise UserError(f"{tensor} is {shown(list(x.shape))}, expected {list(wanted[name].shape)}")
+        if (x.is_floating_point() != wanted[name].is_floating_point()
+                or x.is_floating_point() and x.element_size() < 2):
             raise UserError(f"{tensor} is {x.dtype}, expected {wanted[name].dtype}")
         # the extremes tell: NaN passes through both, and unlike isfinite they need no memory
         if x.is_floating_point() and x.numel() and not torch.stack(x.aminmax()).isfinite().all():
             raise UserError(f"{tensor} holds NaN or infinite values")
+
     def target(name, x):
         return None if dtype is None or not x.is_floating_point() else torch.float32 if name in keep else dtype
     module.load_state_dict({name: x.to(device, target(name, x)) for name, x in tensors.items()}, assign=True)
 
 
-def save_resume(path, **state):
-    """Write everything a run needs to go on (weights, optimizer, step), atomically, with torch.save.
+# ---------------------------------------------------------------------------------------------------------------
+# Runs: what they keep, how they stop, what they log
 
-    No random states: every step of our training scripts seeds itself.
+
+def check_run(config, run):
+    """Raise `UserError` for settings that all trainers have and that cannot work."""
+    check_range(config, 1, math.inf, "steps", "batch_size", "warmup", "log_every", "eval_every")
+    check_range(config, 0, math.inf, "workers", "stop_at")
+    check_range(config, 0, 1, "lr", "ema_decay")
+    check_range(config, 1e-9, math.inf, "grad_clip")
+    check_range(config, 0, 2**31 - 1, "seed")
+    autocast(run.device, config.precision)
+    micro = max(1, getattr(config, "micro_batch", 1))
+    if config.batch_size % (run.world * micro):
+        raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = "
+                        f"{run.world} x {micro}")
+    if 4 * config.steps < config.warmup:
+        raise UserError(f"--warmup {config.warmup}: --steps {config.steps} end before a quarter of --lr is reached; "
+                        f"give a --warmup of at most {config.steps}")
+    if config.steps < config.warmup and run.is_main:
+        print(f"--warmup {config.warmup} is longer than --steps {config.steps}: --lr is never reached", flush=True)
+
+
+class Checkpoints:
+    """The directory of a run, which holds a whole state to go on from at any moment, whatever kills the process.
+
+    resume.pt   comes first: settings, step, metrics, weights, their average, optimizer. A run is here if it is.
+    the model   comes then, by `export(state)`, its config.json last. A model is here if that is.
+
+    Use as a context: one process at a time, and the files that a killed one left half-written are removed. `saved` is
+    the state to go on from, or None. free: the settings that may differ when a run is resumed. Raises `UserError` if
+    the directory holds a run or a model already; on --resume, if it holds none, or one with other settings.
     """
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+
+    def __init__(self, config, free, run):
+        self.config, self.run, self.path = config, run, os.path.join(config.out, "resume.pt")
+        self.writer, self.under_way, self.saved = ThreadPoolExecutor(1), None, None
+        has_run, has_model = os.path.exists(self.path), os.path.exists(os.path.join(config.out, "config.json"))
+        if not config.resume and has_run:
+            raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another")
+        if not config.resume and has_model:
+            raise UserError(f"--out {config.out}: already holds a model; name another directory")
+        if config.resume and has_model and not has_run:
+            raise UserError(f"--resume: the resume.pt of {config.out} is gone, without which there is no going on")
+        if config.resume and not os.path.isdir(config.out):
+            raise UserError(f"--resume: there is no run in {config.out}")
+        if config.resume and not has_run and run.is_main:
+            print(f"{config.out}: nothing was saved yet, so this starts at step 0", flush=True)
+        if has_run:
+            self.saved = load_resume(self.path)
+            self._check_settings(free)
+        barrier(run)  # every process has looked before one of them writes
+
+    def _check_settings(self, free):
+        """Raise `UserError` for a setting that differs. One that did not exist when the run began had its default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        settings = {**defaults, **self.saved["settings"]}
+        for name, value in dataclasses.asdict(self.config).items():
+            if name not in free and json.dumps(settings[name]) != json.dumps(value):  # a tuple is a list there
+                raise UserError(f"--{name} {value}: the run in {self.config.out} was started with "
+                                f"{shown(settings[name])}; keep that, or start another run")
+
+    def __enter__(self):
+        if self.run.is_main:
+            out = self.config.out
+            self.lock = locked(os.path.join(out, "lock"), f"--out {out}: another process trains there")
+            self.lock.__enter__()
+            for name in os.listdir(out):
+                if re.search(r"\.tmp\d+$", name):
+                    os.remove(os.path.join(out, name))
+        return self
+
+    def __exit__(self, *error):
+        self.writer.shutdown()
+        if self.run.is_main:
+            self.lock.__exit__(None, None, None)
+
+    def restore(self, parts, export):
+        """Put the saved state into `parts`, {name: model, average or optimizer}; returns its step and metrics.
+
+        These are 0 and {} if nothing was saved. export(state): writes the model. If the process was killed between
+        resume.pt and the model, it is called now. Raises `UserError` for a state that does not fit.
+        """
+        self.parts, self.export = parts, export
+        if self.saved is None:
+            return 0, {}
+        try:
+            for name, part in parts.items():
+                like = part.state_dict()
+                if isinstance(part, torch.optim.Optimizer):
+                    like = {"state": dict(enumerate(p for group in part.param_groups for p in group["params"]))}
+                    for i, moments in self.saved[name]["state"].items():
+                        if any(x.dim() and x.shape != like["state"][i].shape for x in moments.values()):
+                            raise ValueError(f"moments of parameter {i} are of another shape")
+                part.load_state_dict(split_like(self.saved[name], like))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: does not fit this run ({shown(str(error))})") from None
+        path = os.path.join(self.config.out, "config.json")
+        if self.run.is_main and (not os.path.exists(path) or read_json(path).get("step") != self.saved["step"]):
+            export(self.saved)
+        step, metrics, self.saved = self.saved["step"], self.saved["metrics"], None  # or all of it stays in memory
+        return step, metrics
+
+    def save(self, step, metrics):
+        """Write the state after `step` steps, in a thread of its own: training goes on. All processes call this.
+
+        Raises `UserError`, at the next call at the latest, if it cannot be written, or holds a number that is not
+        finite; then the checkpoint before stands.
+        """
+        self.wait()  # one copy of everything at a time
+        state = snapshot({name: part.state_dict() for name, part in self.parts.items()}, self.run.is_main)
+        if not self.run.is_main:
+            return
+        bad = not_finite(state)
+        if bad:
+            raise UserError(f"step {step}: {bad} holds a number that is not finite; {self.standing()}")
+        state |= {"settings": dataclasses.asdict(self.config), "step": step, "metrics": metrics}
+
+        def write():
+            save_resume(self.path, state)
+            self.export(state)
+        self.under_way = self.writer.submit(write)
+
+    def wait(self):
+        """Return when everything is written."""
+        last, self.under_way = self.under_way, None
+        if last:
+            last.result()
+
+    def finite(self, step, loss, grad_norm):
+        """The gradient's norm as a number. Raises `UserError`, on all processes, if it or the loss is not finite.
+
+        Once a gradient is not, all weights are not: so it is enough to look when a line is logged.
+        """
+        norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise UserError(f"step {step}: the {what} is not finite; {self.standing()}; a --lr below {self.config.lr} "
+                            f"may help")
+        return norm
+
+    def standing(self):
+        """Which checkpoint there is to go on from, for errors."""
+        self.wait()
+        saved = os.path.exists(self.path)
+        return f"the checkpoint in {self.config.out} stands" if saved else "no checkpoint was saved yet"
+
+
+def save_resume(path, state):
+    """Write what a run needs to go on, atomically (no random states: every step seeds itself). Raises `UserError`."""
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError:  # what torch makes of a full disk
+        raise UserError(f"{path}: cannot be written; is the disk full?") from None
 
 
 def load_resume(path):
@@ -338,19 +722,26 @@ def load_resume(path):
     Mapped from the file: of eight processes on a machine, none holds a copy of what it takes only a part of.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise UserError(f"{path}: cannot be read as a resume file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: cannot be read as a resume file ({shown(str(error))})") from None
+    types = {"settings": dict, "step": int, "metrics": dict, "model": dict, "ema": dict}
+    for name, kind in types.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise UserError(f"{path}: is no resume file of a run (its {name} is missing or damaged)")
+    return state
 
 
 def snapshot(state, keep=True):
     """A copy of a state dict on the CPU, which training does not change any more; no tensors if not `keep`.
 
-    Tensors that are split over the processes are made whole, one at a time. For that all processes have to call this, though
-    only the one that writes will keep them.
+    Tensors that are split over the processes are made whole, one at a time. For that all processes have to call this,
+    though only the one that writes will keep them.
     """
-    if isinstance(state, (dict, list)):
-        return {name: snapshot(x, keep) for name, x in state.items()} if isinstance(state, dict) else [snapshot(x, keep) for x in state]
+    if isinstance(state, dict):
+        return {name: snapshot(x, keep) for name, x in state.items()}
+    if isinstance(state, list):
+        return [snapshot(x, keep) for x in state]
     if hasattr(state, "full_tensor"):
         state = state.full_tensor()
     if torch.is_tensor(state):
@@ -358,47 +749,12 @@ def snapshot(state, keep=True):
     return state
 
 
-def split_like(state, like):
-    """The way back: a state dict of whole tensors -> each split over the processes as its namesake in `like` is, if that is.
-
-    One tensor in `like` may stand for a dict: its shape says which of those are split (AdamW's moments, not its step).
-    """
+def not_finite(state, name=""):
+    """The name of a tensor in nested dicts of them that holds NaN or an infinity; "" if none does."""
     if isinstance(state, dict):
-        return {name: split_like(x, like.get(name) if isinstance(like, dict) else like) for name, x in state.items()}
-    if hasattr(like, "full_tensor") and torch.is_tensor(state) and state.shape == like.shape:
-        from torch.distributed.tensor import distribute_tensor  # late: not in every build of torch
-        return distribute_tensor(state, like.device_mesh, like.placements)
-    return state
-
-
-class Background:
-    """Makes one call at a time in a thread, so that training goes on while files are written.
-
-    What the call is given must not change meanwhile: see `snapshot`. A failure raises `UserError` at the next call or `wait`;
-    and however the program ends, Python lets the thread finish first.
-    """
-
-    def __init__(self):
-        self.thread, self.under_way = ThreadPoolExecutor(1), None
-
-    def __call__(self, write):
-        """Begin `write()` as soon as the one before has ended."""
-        self.wait()
-        self.under_way = self.thread.submit(write)
-
-    def wait(self):
-        """Return when everything is written."""
-        last, self.under_way = self.under_way, None
-        try:
-            if last:
-                last.result()
-        except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-            raise UserError(f"the checkpoint cannot be written ({error})") from None
-
-
-def seed_step(seed, step, run):
-    """Seed torch's global generators for this step and rank: what is drawn does not depend on what was drawn before."""
-    torch.manual_seed((((seed << 32) + step) * run.world + run.rank) % 2**63)
+        return next(filter(None, (not_finite(x, f"{name} {key}".strip()) for key, x in state.items())), "")
+    number = torch.is_tensor(state) and state.is_floating_point() and state.numel()
+    return name if number and not torch.stack(state.aminmax()).isfinite().all() else ""
 
 
 def provenance(run):
@@ -411,87 +767,133 @@ def provenance(run):
         commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except FileNotFoundError:  # no git on this machine
         commit = ""
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{run.device.type}, {torch.get_num_threads()} threads"
+    cpu = f"{run.device.type}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else cpu
     return {"commit": commit, "torch": torch.__version__, "hardware": f"{run.world} x {device}"}
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads by `agreed`, so that it saves before it ends.
+    """Turns Ctrl-C or SIGTERM into a flag that the loop reads by `agreed`, so that it saves before it ends. A context.
 
-    It takes over the signals until `release`: make it right before the loop.
+    What only measures may be cut short: see `unless_stopped`. A second signal ends the program at once.
     """
 
     def __init__(self):
-        self.requested = False
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.requested = self.may_interrupt = False
 
-    def release(self):
-        """Give the signals back to whoever had them."""
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        if self.requested:  # the second time means now
-            sys.exit(130)
-        self.requested = True
-        print("stopping after this step; once more to quit at once", file=sys.stderr)
+        again, self.requested = self.requested, True
+        if not again:
+            print("stopping after this step; once more to quit at once", file=sys.stderr, flush=True)
+        if again or self.may_interrupt:
+            raise KeyboardInterrupt
 
+    def unless_stopped(self, work):
+        """work(), which changes nothing, or None if a signal comes meanwhile."""
+        if self.requested:
+            return None
+        self.may_interrupt = True
+        try:
+            return work()
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.may_interrupt = False
 
     def agreed(self, run):
-        """Whether any process was asked to stop: all must leave the loop at the same step, or the others wait for ever."""
+        """Whether any process was asked to stop: all must leave the loop at the same step."""
         if run.world == 1:
             return self.requested
-        flag = torch.tensor(float(self.requested), device=run.device)
+        flag = torch.tensor(float(self.requested))  # on the CPU, over gloo: no GPU is waited for
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return flag.item() > 0
 
 
-def claim_directory(config, settings, free, run):
-    """Make `config.out` the directory of this run, or raise `UserError`: it holds a run already, or, on resume, another one.
+class Means:
+    """Running means that stay on the device until they are read, so that no step waits for it."""
 
-    settings: what the run in that directory was started with, a dict (None if there is none). free: the fields that may
-    differ on resume.
-    """
-    if not config.resume and settings is not None:
-        raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another directory")
-    if not config.resume and os.path.exists(os.path.join(config.out, "config.json")):
-        raise UserError(f"--out {config.out}: already holds a model; name another directory")
-    if config.resume and settings is None:
-        raise UserError(f"--resume: there is no run in {config.out}, or its resume.pt is gone")
-    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():  # as JSON: tuples have become lists
-        if config.resume and name not in free and settings.get(name) != value:
-            raise UserError(f"--{name} {value}: the run in {config.out} was started with {settings.get(name)}; keep "
-                            f"that, or start another run")
-    os.makedirs(config.out, exist_ok=True)
-    if run.world > 1:
-        dist.barrier()  # every process has looked before one of them writes
+    def __init__(self, count, run):
+        self.run, self.sums = run, torch.zeros(2, count, dtype=torch.float32, device=run.device)
 
+    def add(self, sums, counts):
+        """sums, counts (n,), n at most `count`: of what was summed, and how often, of the first n quantities."""
+        self.sums[:, :len(sums)] += torch.stack([sums.detach(), counts.to(sums)])  # (2, n)
 
-# ---------------------------------------------------------------------------------------------------------------
-# Logging
+    def take(self):
+        """The means over all processes since the last call, a list; None where nothing was counted."""
+        if self.run.world > 1:
+            dist.all_reduce(self.sums)
+        sums, counts = self.sums.tolist()
+        self.sums.zero_()
+        return [total / n if n else None for total, n in zip(sums, counts)]
 
 
 class Log:
     """One line on the screen and the same record in `<directory>/log.jsonl`, from the main process only.
 
-    On resume the records of steps that will be done again are dropped, so that every step stands there once.
+    start: the steps done before, on resume; the records of later ones, which will be done again, are dropped. stage:
+    what is training, in front of each line. steps: how many there will be. later: seconds that the stages after this
+    one will take, for the ETA of the whole command.
     """
 
-    def __init__(self, directory, run, start_step=0):
-        self.path, self.active = os.path.join(directory, "log.jsonl"), run.is_main
-        if self.active and os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:  # a killed run may have left half a line at its end
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] < start_step]
+    def __init__(self, directory, run, start=0, stage="", steps=0, later=0.0):
+        self.path, self.run = os.path.join(directory, "log.jsonl"), run
+        self.stage, self.steps, self.later = stage, steps, later
+        self.since, self.logged, self.least = time.time(), start, math.inf
+        if run.is_main and os.path.exists(self.path):
+            kept = [record for record in read_log(directory) if record["step"] <= start]
             with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(kept)
+                file.writelines(json.dumps(record) + "\n" for record in kept)
 
     def __call__(self, **record):
-        if not self.active:
+        if not self.run.is_main:
             return
         record = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        print("  ".join(f"{name} {_short(v)}" for name, v in record.items()), flush=True)
+        record["step"] = f"{record['step']}/{self.steps}"
+        self.say("  ".join([self.stage, *(f"{name} {_short(v)}" for name, v in record.items())]).strip())
+
+    def training(self, step, batch_size, loss, grad_norm, **record):
+        """The record of a training step, with speed and ETA, and a word if the loss explodes."""
+        rate = (step - self.logged) / max(1e-9, time.time() - self.since)
+        self(step=step, loss=loss, **record, grad_norm=grad_norm, images_per_s=rate * batch_size,
+             eta=clock((self.steps - step) / rate + self.later))
+        if loss > 10 * self.least:
+            self.say(f"the loss is {loss:.3g} and was {self.least:.3g}: training diverges; a lower --lr may help")
+        self.least = min(self.least, loss)
+        self.reset(step)
+
+    def say(self, sentence):
+        """A line on the screen alone."""
+        if self.run.is_main:
+            print(sentence, flush=True)
+
+    def reset(self, step):
+        """Start the clock anew: what came before, such as an evaluation, is not training time."""
+        self.since, self.logged = time.time(), step
+
+
+def read_log(directory):
+    """The records of `<directory>/log.jsonl`; lines that are none, such as a power cut leaves, are left out."""
+    records = []
+    with open(os.path.join(directory, "log.jsonl"), encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
 
 
 def _short(value):
@@ -506,4 +908,5 @@ def _short(value):
 def clock(seconds):
     """Seconds -> "1h02m" or "3m20s"."""
     seconds = int(seconds)
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"

@@ -10,33 +10,43 @@ The training stream is a pure function of (seed, position): resuming and splitti
     python data.py          # 5 s on a CPU: writes out/data.png and prints the captions
 Next: vae.py or model.py, which learn from these.
 """
-import dataclasses
+import atexit
+import collections
 import functools
 import hashlib
 import itertools
+import json
 import math
 import os
+import re
 import signal
 import sys
+import time
+import zlib
+from contextlib import nullcontext
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from common import Run, UserError, read_json
+from common import Run, UserError, barrier, clock, locked, read_json, replacing, shown, write_json
 from images import fit, opened, read_image, save_grid, to_float
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 BICUBIC = Image.Resampling.BICUBIC
 
 
+# FORK: data. Another data set is a class with the contract below and a line in this function.
 def open_data(data, image_size, split="train", augment=True, seed=0):
-    """"emoji", "shapes" or the path of a folder -> a dataset; `split` is "train" or "held_out".
+    """"emoji", "shapes" or the path of a folder -> a data set. Raises `UserError` for anything else.
 
-    The held-out tenth is the same whatever the seed. Every dataset has len(), `classes` (a list of names),
-    label(i) -> int, caption(i) -> str, and get(i, rng) -> (3, S, S) uint8, where the numpy generator `rng` decides the
-    augmentation (None will do with augment=False).
+    split: "train" or "held_out", which is the same tenth whatever the seed. A data set has
+        len(), the number of images;        classes, a list of names, the same for both splits;
+        label(i) -> int, a place in `classes`;        caption(i) -> str, "" if there is none;
+        get(i, rng) -> (3, S, S) uint8, a pure function: the numpy generator `rng` decides the augmentation (None will
+        do with augment=False). For a file that cannot be read it raises `UserError`, and the next image is taken.
     """
     if split not in ("train", "held_out"):
         raise UserError(f"split {split!r}: expected train or held_out")
@@ -61,11 +71,11 @@ def to_bytes(pixels):
 TILE = 64     # pixels of one emoji in assets/emoji64.webp
 MARGIN = 12   # white added around it, room for the augmentation: TILE / 2 · (1 / 0.85 - 1) + 4 < 10 pixels
 
-# A mirrored letter, clock, map, moon phase, flag or pointing hand is wrong or means something else, and so is a mirrored
-# "facing right". So mirroring is the exception: these, where left and right carry no meaning.
-MIRROR_CATEGORIES = ("animals-and-nature", "food-and-drink")
-MIRROR_SUBCATEGORIES = ("face-smiling", "face-affection", "face-tongue", "face-concerned", "face-costume", "face-glasses",
-                        "cat-face", "monkey-face", "person", "person-fantasy", "clothing", "tool", "science")
+# A mirrored letter, clock, map, moon phase, flag or pointing hand is wrong or means something else, and so is a
+# mirrored "facing right". So mirroring is the exception: these (sub)categories, where left and right mean nothing.
+MAY_MIRROR = {"animals-and-nature", "food-and-drink", "face-smiling", "face-affection", "face-tongue", "face-concerned",
+              "face-costume", "face-glasses", "cat-face", "monkey-face", "person", "person-fantasy", "clothing", "tool",
+              "science"}
 
 
 @functools.cache
@@ -81,7 +91,7 @@ def emoji_tiles():
 
 
 class Emoji:
-    """The 1,911 Noto emoji in assets/. Class = category (10 of them); also `subcategories` and subcategory(i).
+    """The 1,911 Noto emoji in assets/. Class = category, 10 of them.
 
     Held out: every tenth of the list sorted by category and subcategory, so both splits have the same mix (a hash would
     leave small kinds out by chance). A held-out orange heart has a red one in training: it asks for recombination.
@@ -94,7 +104,6 @@ class Emoji:
         self.members = sorted(i for rank, i in enumerate(ranked) if (rank % 10 == 5) == (split == "held_out"))
         self.records = [records[i] for i in self.members]
         self.classes = sorted({record["category"] for record in records})
-        self.subcategories = sorted({record["subcategory"] for record in records})
 
     def __len__(self):
         return len(self.members)
@@ -102,18 +111,14 @@ class Emoji:
     def label(self, i):
         return self.classes.index(self.records[i]["category"])
 
-    def subcategory(self, i):
-        return self.subcategories.index(self.records[i]["subcategory"])
-
     def caption(self, i):
         return self.records[i]["caption"]
 
     def may_mirror(self, i):
-        record = self.records[i]
-        return record["category"] in MIRROR_CATEGORIES or record["subcategory"] in MIRROR_SUBCATEGORIES
+        return bool(MAY_MIRROR & {self.records[i]["category"], self.records[i]["subcategory"]})
 
     def get(self, i, rng):
-        """Item i -> (3, S, S) uint8. Augmented: moved up to 4 pixels, scaled 0.85-1.1, perhaps mirrored, perhaps tinted."""
+        """Item i -> (3, S, S) uint8. Augmented: moved by up to 4 pixels, scaled 0.85-1.1, often mirrored or tinted."""
         scale, dx, dy = (rng.uniform(0.85, 1.1), *rng.uniform(-4, 4, 2)) if self.augment else (1, 0, 0)
         x, y, half = TILE / 2 + MARGIN + dx, TILE / 2 + MARGIN + dy, TILE / 2 / scale
         # crop, shift, scale and the change to S pixels are one antialiased resampling
@@ -123,8 +128,8 @@ class Emoji:
         if self.augment and rng.random() < 0.5 and self.may_mirror(i):
             pixels = pixels[:, ::-1]
         if self.augment and rng.random() < 0.3:
-            # The emoji come without their alpha, so the white behind one cannot be replaced cleanly. A light colour laid
-            # over everything tints the white most, and the model does not learn that a background is always 255.
+            # The emoji come without their alpha, so the white behind one cannot be replaced cleanly. A light colour
+            # laid over everything tints the white most: the model does not learn that a background is always 255.
             pixels = pixels * rng.uniform(0.85, 1, 3)
         return to_bytes(pixels)
 
@@ -133,23 +138,16 @@ class Emoji:
 # Shapes
 
 
-def _star():
-    turns = np.arange(10) * math.pi / 5
-    radius = np.where(np.arange(10) % 2, 0.45, 1.08)
-    return np.stack([radius * np.sin(turns), -radius * np.cos(turns)], 1)            # (10, 2)
+_turn, _far = np.arange(10) * math.pi / 5, np.where(np.arange(10) % 2, 0.45, 1.08)  # the ten corners of a star
+_t = np.linspace(0, 2 * math.pi, 120)  # once round a heart
+_y = -13 * np.cos(_t) + 5 * np.cos(2 * _t) + 2 * np.cos(3 * _t) + np.cos(4 * _t)
 
-
-def _heart():
-    t = np.linspace(0, 2 * math.pi, 120)
-    return np.stack([16 * np.sin(t) ** 3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)], 1) / 16
-
-
-# Corners in units of the radius, y downwards; circle and ring are drawn as ellipses.
+# Corners (n, 2) in units of the radius, y downwards; circle and ring are drawn as ellipses.
 POLYGONS = {
     "square": np.array([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]),
     "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)]),
-    "star": _star(),
-    "heart": _heart(),
+    "star": np.stack([_far * np.sin(_turn), -_far * np.cos(_turn)], 1),
+    "heart": np.stack([16 * np.sin(_t) ** 3, _y], 1) / 16,
     "cross": np.array([(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
                        (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]),
     "diamond": np.array([(0, -1.1), (0.7, 0), (0, 1.1), (-0.7, 0)]),
@@ -167,24 +165,12 @@ PLACES = ["in the top left", "at the top", "in the top right", "on the left", "i
           "in the bottom left", "at the bottom", "in the bottom right"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """One object: x, y (of its centre) and radius in units of the image's side, y downwards."""
-    kind: str
-    colour: str
-    x: float
-    y: float
-    radius: float
+# One object: kind and colour are names; x, y (of its centre) and radius in units of the image's side, y downwards.
+Shape = collections.namedtuple("Shape", "kind colour x y radius")
 
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """Everything there is to know about one picture of `Shapes`."""
-    main: Shape
-    size: str            # a key of RADII
-    place: str           # an entry of PLACES
-    background: tuple    # one name, or two for a gradient from top to bottom
-    extras: tuple        # 0 to 3 small `Shape`s, never touching the main one or each other
+# Everything there is to know about one picture: main, a Shape; size, a key of RADII; place, an entry of PLACES;
+# background, one name, or two for a gradient from top to bottom; extras, 0 to 3 small Shapes, which touch nothing.
+Scene = collections.namedtuple("Scene", "main size place background extras")
 
 
 class Shapes:
@@ -210,8 +196,8 @@ class Shapes:
         """For example "a large red star in the top left on a light blue background with two small objects"."""
         scene = self.factors(i)
         where = " to ".join(scene.background) + (" gradient" if len(scene.background) == 2 else " background")
-        count = ["", " with one small object", " with two small objects", " with three small objects"][len(scene.extras)]
-        return f"a {scene.size} {scene.main.colour} {scene.main.kind} {scene.place} on a {where}{count}"
+        more = ["", " with one small object", " with two small objects", " with three small objects"][len(scene.extras)]
+        return f"a {scene.size} {scene.main.colour} {scene.main.kind} {scene.place} on a {where}{more}"
 
     def factors(self, i):
         """Item i -> Scene."""
@@ -220,17 +206,19 @@ class Shapes:
             return names[rng.integers(len(names))]
         kind, size, row, column = pick(KINDS), pick(list(RADII)), rng.integers(3), rng.integers(3)
         radius = RADII[size] * rng.uniform(0.92, 1.08)
-        # The reach of the centre, cut in 3 x 3 places with a gap between them, so that a place is never a matter of opinion
+        # The reach of the centre, cut in 3 x 3 places with a gap between them: a place is never a matter of opinion
         low, reach = 1.12 * radius, 1 - 2 * 1.12 * radius
         x, y = (low + reach * (cell + rng.uniform(0.1, 0.9)) / 3 for cell in (column, row))
         side = pick([list(LIGHT), list(DARK)])
         background = tuple(dict.fromkeys([pick(side), pick(side)]) if rng.random() < 0.4 else [pick(side)])
-        colours = [name for name in COLOURS if all(contrast(name, b) > 125 for b in background)]
+        colours = [name for name, rgb in COLOURS.items()  # that stand out, by their distance in RGB levels
+                   if all(math.dist(rgb, BACKGROUNDS[under]) > 125 for under in background)]
         main = Shape(kind, pick(colours), x, y, radius)
         extras, wanted = [], rng.integers(4)
         while len(extras) < wanted:  # even beside the largest shape a corner is free, and three fit
             extra = Shape(pick(EXTRA_KINDS), pick(colours), *rng.uniform(0.09, 0.91, 2), 0.07)
-            if all(math.hypot(extra.x - s.x, extra.y - s.y) > 1.25 * (extra.radius + s.radius) for s in [main, *extras]):
+            if all(math.hypot(extra.x - s.x, extra.y - s.y) > 1.25 * (extra.radius + s.radius)
+                   for s in (main, *extras)):
                 extras.append(extra)
         return Scene(main, size, PLACES[3 * row + column], background, tuple(extras))
 
@@ -243,25 +231,15 @@ class Shapes:
         canvas = canvas.resize((side, side), Image.Resampling.BILINEAR)  # one pixel: plain; two: a gradient downwards
         draw = ImageDraw.Draw(canvas)
         for shape in (*scene.extras, scene.main):
-            draw_shape(draw, shape, side)
+            centre, radius, rgb = np.array([shape.x, shape.y]) * side, shape.radius * side, COLOURS[shape.colour]
+            box = (*(centre - radius), *(centre + radius))
+            if shape.kind == "ring":
+                draw.ellipse(box, outline=rgb, width=round(0.4 * radius))
+            elif shape.kind == "circle":
+                draw.ellipse(box, fill=rgb)
+            else:
+                draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=rgb)
         return to_bytes(canvas.reduce(4))
-
-
-def contrast(colour, background):
-    """Distance of a named colour from a named background, in RGB levels."""
-    return math.dist(COLOURS[colour], BACKGROUNDS[background])
-
-
-def draw_shape(draw, shape, side):
-    """Paint one `Shape` on a canvas of `side` pixels."""
-    centre, radius = np.array([shape.x, shape.y]) * side, shape.radius * side
-    if shape.kind in POLYGONS:
-        draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=COLOURS[shape.colour])
-    else:
-        box = [*(centre - radius), *(centre + radius)]
-        ring = shape.kind == "ring"
-        draw.ellipse(box, fill=None if ring else COLOURS[shape.colour], outline=COLOURS[shape.colour],
-                     width=round(0.4 * radius) if ring else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,27 +251,28 @@ MEMORY_PIXELS = 2 * 10**9  # and has fewer pixels to decode (well under a minute
 
 
 class Folder:
-    """Every image under `root`, hidden files apart. Class = the first sub-folder ("." for images lying in the root itself).
+    """Every image under `root`, hidden files apart. Class = the first sub-folder ("." for images in the root itself).
 
-    Captions: captions.json in the root, {"cats/1.png": "a cat"}, or a .txt beside the image, or else "". The content of
-    a file decides whether it is an image. What cannot be read is named on stderr, left out and listed in `skipped`; of a
-    large set only the headers are checked, so there a file broken further on makes get() raise `UserError`
-    (and `Stream` take the next file).
-    Augmented: a square of 80-100 % of the area of the largest one, anywhere; mirrored half of the time unless flip=False.
+    Captions: captions.json in the root, {"cats/1.png": "a cat"}, or a .txt beside the image, or else "". They are kept
+    as they are: for a prior, "Cat" is another word than "cat". The content of a file decides whether it is an image.
+    What cannot be read is named on stderr, left out and listed in `skipped`; of a large set only the headers are
+    checked, so there a file broken further on makes get() raise `UserError` (and `Stream` take the next file).
+    Augmented: a square of 80-100 % of the area of the largest one, anywhere; mirrored half of the time.
     """
 
-    def __init__(self, root, image_size, split="train", augment=True, flip=True):
-        self.root, self.image_size, self.augment, self.flip, self.skipped = root, image_size, augment, flip, []
-        captions = os.path.join(root, "captions.json")
-        self.captions = read_json(captions) if os.path.exists(captions) else {}
-        if not isinstance(self.captions, dict):
-            raise UserError(f"{captions}: expected one object, {{relative path: caption}}")
+    def __init__(self, root, image_size, split="train", augment=True):
+        self.root, self.image_size, self.augment, self.skipped = root, image_size, augment, []
         self.stored_side = math.ceil(image_size / math.sqrt(0.8))  # the smallest crop then has image_size pixels
-        sizes = self._usable(list_files(root), self._header)       # {path: (width, height)}
-        self.classes = sorted({first_folder(path) for path in sizes})  # of both splits, so that labels agree
-        self.paths = split_paths(list(sizes), split)
-        pixels = {path: sizes[path][0] * sizes[path][1] for path in self.paths}
-        stored = sum(3 * n * min(1, self.stored_side / min(sizes[path])) ** 2 for path, n in pixels.items())
+        paths = list_files(root)
+        if len(paths) > 50_000:  # a few seconds of it, and minutes for a million
+            say_once(f"{root}: reading the headers of {len(paths):,} files")
+        headers = self._usable(paths, self._header)                # {path: ((width, height), mark)}
+        self.captions = read_captions(root, headers)
+        self.folders = sorted({first_folder(path) for path in headers})  # of both splits, so that labels agree
+        self.classes = [clean(folder) for folder in self.folders]
+        self.paths = split_paths(list(headers), split, self._copies(headers))
+        pixels = {path: math.prod(headers[path][0]) for path in self.paths}
+        stored = sum(3 * n * min(1, self.stored_side / min(headers[path][0])) ** 2 for path, n in pixels.items())
         self.memory = {}
         if stored < MEMORY_BYTES and sum(pixels.values()) < MEMORY_PIXELS:
             self.memory = self._usable(self.paths, self._read)
@@ -306,16 +285,12 @@ class Folder:
         return len(self.paths)
 
     def label(self, i):
-        return self.classes.index(first_folder(self.paths[i]))
+        return self.folders.index(first_folder(self.paths[i]))
 
     def caption(self, i):
-        beside = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + ".txt")
-        if self.paths[i] in self.captions:
-            return str(self.captions[self.paths[i]])
-        if not os.path.isfile(beside):
-            return ""
-        with open(beside, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
+        path = self.paths[i]
+        beside = os.path.join(self.root, os.path.splitext(path)[0] + ".txt")
+        return clean(self.captions[path] if path in self.captions else read_text(beside))
 
     def get(self, i, rng=None):
         """Item i -> (3, S, S) uint8. Read from memory or from disk, the result is the same."""
@@ -327,9 +302,7 @@ class Folder:
         side = min(image.size) * math.sqrt(rng.uniform(0.8, 1))
         x, y = (rng.uniform(0, length - side) for length in image.size)
         image = image.resize((self.image_size, self.image_size), BICUBIC, box=(x, y, x + side, y + side))
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_bytes(image)
+        return to_bytes(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image)
 
     def _usable(self, paths, read):
         """{path: read(path)} for those that can be read; the messages of the others go to `skipped`."""
@@ -342,8 +315,22 @@ class Folder:
         return results
 
     def _header(self, path):
-        with opened(os.path.join(self.root, path)) as image:
-            return image.size
+        """((width, height), a mark that equal files share)."""
+        path = os.path.join(self.root, path)
+        with opened(path) as image, open(path, "rb") as file:
+            return image.size, (os.path.getsize(path), zlib.crc32(file.read(2**14)))
+
+    def _copies(self, headers):
+        """{path: hash of the content} for the files that share their mark with others, and so may be copies of them."""
+        counts, contents = collections.Counter(mark for _, mark in headers.values()), {}
+        for path, (_, mark) in headers.items():
+            if counts[mark] > 1:
+                with open(os.path.join(self.root, path), "rb") as file:
+                    contents[path] = hashlib.sha256(file.read()).digest()
+        extra = len(contents) - len(set(contents.values()))
+        if extra:
+            say_once(f"{self.root}: {extra} of {len(headers)} images are copies of others; they go to the same split")
+        return contents
 
     def _read(self, path):
         """Decode one file -> (H, W, 3) uint8: final where nothing is augmented, else as small as the crops allow."""
@@ -356,7 +343,87 @@ class Folder:
         return np.asarray(image)                                                     # (H, W, 3)
 
 
-NAMED = set()  # messages already printed: both splits, and every stage, open the same folder
+def list_files(root):
+    """Relative paths ("/" between folders), sorted: all but hidden files, .txt and .json.
+
+    Links are followed, but each folder is read once, however many lead to it: a circle of links ends.
+    """
+    found, seen, folders = [], set(), collections.deque([""])
+    while folders:
+        folder = folders.popleft()  # "", "cats/", "dogs/big/"; links to folders come last
+        here = os.path.realpath(os.path.join(root, folder))
+        try:
+            names = [] if here in seen else sorted(os.listdir(here))
+        except OSError as error:
+            report_skipped(root, [f"{here}: {error.strerror}"])
+            continue
+        seen.add(here)
+        for name in (name for name in names if not name.startswith(".")):
+            path = os.path.join(here, name)
+            if os.path.isdir(path):
+                (folders.append if os.path.islink(path) else folders.appendleft)(f"{folder}{name}/")
+            elif not name.lower().endswith((".txt", ".json")) and (os.path.isfile(path) or not os.path.exists(path)):
+                found.append(folder + name)  # also a link that leads nowhere, so that it is named; no pipe or device
+    return sorted(found)
+
+
+def first_folder(path):
+    return path.split("/")[0] if "/" in path else "."
+
+
+def split_paths(paths, split, contents={}):
+    """The paths of one split. Held out are hashes in the lowest tenth: adding a file to the folder moves no other one.
+
+    `contents` {path: content} says which are copies of one image: they go where the first one goes. In a small folder a
+    side could be empty, and then gets one image; a single image is in both splits.
+    """
+    first = {}  # of each content
+    leader = {path: first.setdefault(contents.get(path, path), path) for path in paths}
+    if len(first) < 2:
+        return paths
+    score = {path: int(hashlib.sha256(os.fsencode(path)).hexdigest()[:8], 16) / 2**32 for path in first.values()}
+    count = sum(value < 0.1 for value in score.values())  # scores are in [0, 1)
+    held_out = set(sorted(score, key=score.get)[:min(max(count, 1), len(score) - 1)])
+    return [path for path in paths if (leader[path] in held_out) == (split == "held_out")]
+
+
+def read_captions(root, paths):
+    """The captions.json of a folder, {path: caption}, or {}. Says on stderr which names are not in `paths`."""
+    name = os.path.join(root, "captions.json")
+    captions = read_json(name) if os.path.exists(name) else {}
+    if not isinstance(captions, dict):
+        raise UserError(f"{name}: expected one object, {{relative path: caption}}")
+    for path, caption in captions.items():
+        if not isinstance(caption, str):
+            raise UserError(f"{name}: the caption of {shown(path)} is {shown(caption)}, expected a text")
+    strange = [path for path in captions if path not in paths]
+    if strange and paths:
+        say_once(f"{name}: {len(strange)} of {len(captions)} names are of no image in this folder, such as "
+                 f"{shown(strange[0])}; expected names such as {shown(min(paths))}")
+    return captions
+
+
+def read_text(path):
+    """The words of a text file, at most 64 KiB of them, in UTF-8 or what Windows calls Unicode; "" if there is none."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        data = file.read(2**16)
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace").strip()
+
+
+def clean(text):
+    """A text without lone surrogates, Python's stand-ins for bytes that are not UTF-8: no file could hold them."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+@functools.cache  # both splits, and every stage, open the same folder
+def say_once(message):
+    """Print a line on stderr, once a process."""
+    print(message, file=sys.stderr)
+
+
+NAMED = set()  # unreadable files already named
 
 
 def report_skipped(root, messages):
@@ -370,37 +437,10 @@ def report_skipped(root, messages):
 
 
 def files_digest(dataset):
-    """A hash of which files a data set reads, their paths and sizes in bytes, so that what was made of others is not taken for it."""
-    files = [(path, os.path.getsize(os.path.join(dataset.root, path))) for path in dataset.paths] if isinstance(dataset, Folder) else []
+    """A hash of the files a data set reads, their paths and sizes: what was made of others is not taken for it."""
+    paths = dataset.paths if isinstance(dataset, Folder) else []
+    files = [(path, os.path.getsize(os.path.join(dataset.root, path))) for path in paths]
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def list_files(root):
-    """Relative paths ("/" between folders), sorted: what is not hidden and not text. Links to folders are not followed."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # os.walk goes into what is left here
-        found += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/") for name in names
-                  if not name.startswith(".") and not name.lower().endswith((".txt", ".json"))]
-    return sorted(path for path in found if os.path.isfile(os.path.join(root, path)))
-
-
-def first_folder(path):
-    return path.split("/")[0] if "/" in path else "."
-
-
-def split_paths(paths, split):
-    """The paths of one split. Held out are hashes in the lowest tenth: adding a file to the folder moves no other one.
-
-    In a small folder that could leave a side empty, which then gets one file; a single file is in both splits.
-    """
-    if len(paths) < 2:
-        return paths
-    score = {path: int(hashlib.sha256(os.fsencode(path)).hexdigest()[:8], 16) / 2**32 for path in paths}  # in [0, 1)
-    by_score = sorted(paths, key=score.get)
-    count = sum(score[path] < 0.1 for path in paths)
-    held_out = set(by_score[:min(max(count, 1), len(paths) - 1)])
-    return [path for path in paths if (path in held_out) == (split == "held_out")]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -408,9 +448,9 @@ def split_paths(paths, split):
 
 
 class Stream(Dataset):
-    """Position p = 0, 1, 2, ... in endless training -> (image (3, S, S) uint8, label, index): a pure function of (seed, p).
+    """Position p = 0, 1, 2, ... in endless training -> (image (3, S, S) uint8, label, index), by (seed, p) alone.
 
-    With the cached latents of train_tokenizer.py in place of a data set, the "images" are latents (C, h, w) float32.
+    With a `Cached` in place of a data set, the "image" is what was made of it: latents (C, h, w) or tokens (K,).
     """
 
     def __init__(self, dataset, seed):
@@ -420,12 +460,13 @@ class Stream(Dataset):
         epoch, place = divmod(position, len(self.dataset))
         if epoch != self.epoch:  # shuffled anew each time round
             self.order, self.epoch = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.dataset)), epoch
-        image, index = get_readable(self.dataset, int(self.order[place]), np.random.default_rng((self.seed, 1, position)))
+        rng = np.random.default_rng((self.seed, 1, position))
+        image, index = get_readable(self.dataset, int(self.order[place]), rng)
         return image, self.dataset.label(index), index
 
 
 def get_readable(dataset, i, rng):
-    """Item i -> (image, i); a file of a large folder that turns out broken is named, and the next one takes its place."""
+    """Item i -> (image, i); a file that turns out broken is named, and the next one takes its place."""
     n = len(dataset)
     for index in itertools.chain(range(i, n), range(i)):
         try:
@@ -438,11 +479,12 @@ def get_readable(dataset, i, rng):
 def spread(dataset, count):
     """`count` images evenly spread over a data set (which may be sorted by class), or all: (n, 3, S, S) in [-1, 1]."""
     n, rng = min(count, len(dataset)), np.random.default_rng(0)
-    return to_float(torch.stack([get_readable(dataset, i * len(dataset) // n, rng)[0] for i in range(n)]))  # (n, 3, S, S)
+    images = [get_readable(dataset, i * len(dataset) // n, rng)[0] for i in range(n)]
+    return to_float(torch.stack(images))                                          # (n, 3, S, S)
 
 
 def ignore_signals(worker):
-    """Ctrl-C and a batch system's SIGTERM reach every process: the workers go on, so that the main one can save and end them."""
+    """Ctrl-C and a batch system's SIGTERM reach every process: workers go on, so that the main one can save."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -451,6 +493,7 @@ def batches(dataset, batch_size, seed, run, start_step=0, workers=0):
     """Endless iterator of (images (b, 3, S, S) uint8, labels (b,), indices (b,)) for this rank, from `start_step` on.
 
     `batch_size` is that of all ranks together; rank r takes the r-th part of each batch, b = batch_size // world.
+    Whatever fails in a worker process raises `UserError` here.
     """
     if batch_size % run.world:
         raise UserError(f"--batch_size {batch_size} cannot be shared evenly by {run.world} processes")
@@ -460,7 +503,163 @@ def batches(dataset, batch_size, seed, run, start_step=0, workers=0):
         Stream(dataset, seed), batch_sampler=(range(start, start + b) for start in starts), num_workers=workers,
         pin_memory=run.device.type == "cuda", worker_init_fn=ignore_signals,
         generator=torch.Generator())  # else it draws from torch's global state, and a resumed run would see other noise
-    return iter(loader)  # one endless epoch: worker processes start once
+    return one_sentence(iter(loader), workers)  # one endless epoch: worker processes start once
+
+
+def one_sentence(iterator, workers):
+    """Yield from a loader's iterator; an error in one of its worker processes becomes a `UserError`; none outlives us.
+
+    Python waits for its child processes when it ends, and these ignore SIGTERM: they have to be killed first.
+    """
+    processes = getattr(iterator, "_workers", [])
+    atexit.register(lambda: [process.kill() for process in processes])
+    try:
+        yield from iterator
+    except Exception as error:
+        if not workers:
+            raise
+        last = str(error).strip().splitlines()[-1]  # of a traceback
+        raise UserError(last.split("UserError: ")[-1] if "UserError: " in last else
+                        f"--workers {workers}: a process that loads images failed ({shown(last)}); "
+                        f"with --workers 0 there is more to see") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a frozen model made of each image, computed once
+
+
+class Cached:
+    """What a frozen model makes of `views` versions of every image, computed once: a data set whose "images" are that.
+
+    Lies in `path`, a .npy file (views·n, ...) that is memory-mapped: a set larger than RAM works. Row v·n + i is
+    version v of image i. Beside it <path>.json says who made it, and how many rows are done: if stopped, it goes on.
+
+    shape, dtype: of what is made of one image. made_by: all that decides the values, {name: plain value}. first: a data
+    set for version 0, where that is to be the image as it is. labels, captions: of the images, where they are needed.
+    Raises `UserError` if the file was made by something else or is damaged, if another process is writing it, or if the
+    disk has no room for it.
+    """
+
+    def __init__(self, path, dataset, views, shape, dtype, made_by, run, seed, first=None, labels=None, captions=None):
+        self.path, self.n, self.views, self.seed, self.run = path, len(dataset), views, seed, run
+        self.dataset, self.first, self.classes = dataset, first or dataset, dataset.classes
+        self.labels, self.captions = labels, captions
+        self.shape, self.dtype, self.rows = (self.n * views, *shape), np.dtype(dtype), None
+        self.made_by = {**made_by, "images": self.n, "views": views, "seed": seed, "files": files_digest(dataset)}
+        self.state = {"made_by": self.made_by, "done": 0, "replaced": []}
+        self.state_path = path + ".json"
+
+    def fill(self, make, what):
+        """Make what is missing: make(images uint8 (b, 3, S, S), first row) -> array (b, ...). what: its name, shown.
+
+        Each process makes every world-th part of 64 rows.
+        """
+        busy = f"{self.path}: another process is writing it; wait for it"
+        with locked(self.path + ".lock", busy) if self.run.is_main else nullcontext():
+            self._begin()
+            done, total, slab = self.state["done"], self.shape[0], 64 * self.run.world
+            replaced = dict(self.state["replaced"])
+            seconds = said = time.time()
+            store = self._open("r+") if done < total else None
+            if done < total and self.run.is_main:
+                size = f"{store.nbytes / 2**20:,.0f} MiB"
+                print(f"{what}: {total - done:,} views, kept in {self.path} ({size})", flush=True)
+            try:
+                for start in range(done, total, slab):
+                    self._make_part(store, start + 64 * self.run.rank, make, replaced)
+                    end = min(start + slab, total)
+                    if end == total or (end // slab) % 4 == 0:
+                        replaced = self._save_progress(store, end, replaced)
+                    if self.run.is_main and (time.time() - said > 20 or end == total):
+                        said, rate = time.time(), (end - done) / (time.time() - seconds)
+                        print(f"{what}: {end:,} of {total:,}  eta {clock((total - end) / rate)}", flush=True)
+            except KeyboardInterrupt:
+                if self.run.world == 1:
+                    self._save_progress(store, start, replaced)
+                print(f"{what}: stopped at {self.state['done']:,} of {total:,}; the same command goes on", flush=True)
+                raise
+        self.rows = None
+        self.replaced = dict(self.state["replaced"])  # {image that could not be read: the one in its place}
+
+    def _begin(self):
+        """Check the files, or make new ones."""
+        if os.path.exists(self.state_path):
+            state = read_json(self.state_path)
+            made_by = state.get("made_by") if isinstance(state, dict) else None
+            for name, value in self.made_by.items():
+                if not isinstance(made_by, dict) or made_by.get(name) != json.loads(json.dumps(value)):
+                    raise UserError(f"{self.path}: was made with another {name}; delete it and {self.state_path}, or "
+                                    f"name another file")
+            done, replaced = state.get("done"), state.get("replaced")
+            pairs = isinstance(replaced, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in replaced)
+            if not pairs or type(done) is not int or not 0 <= done <= self.shape[0] \
+                    or any(type(i) is not int or not 0 <= i < self.n for pair in replaced for i in pair):
+                raise UserError(f"{self.state_path}: damaged; delete it and {self.path}")
+            self.state = state
+        barrier(self.run)  # all have looked
+        if self.run.is_main and not os.path.exists(self.state_path):
+            with replacing(self.path) as temporary:
+                store = np.lib.format.open_memmap(temporary, "w+", self.dtype, self.shape)
+                if hasattr(os, "posix_fallocate"):  # a memory map of a file with holes would kill us on a full disk
+                    with open(temporary, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+                store.flush()
+            write_json(self.state_path, self.state)
+        barrier(self.run)  # the files are there
+        self._open("r")
+
+    def _open(self, mode):
+        """The memory map; raises `UserError` for a file that is not what `shape` and `dtype` say."""
+        try:
+            rows = np.load(self.path, mmap_mode=mode)
+        except Exception as error:  # NumPy's parser raises half a dozen types
+            raise UserError(f"{self.path}: cannot be read ({shown(str(error))}); delete it and "
+                            f"{self.state_path}") from None
+        if not isinstance(rows, np.ndarray) or rows.shape != self.shape or rows.dtype != self.dtype:
+            raise UserError(f"{self.path}: is no array of {self.dtype} {self.shape}; delete it and {self.state_path}")
+        return rows
+
+    def _make_part(self, store, start, make, replaced):
+        """Fill at most 64 rows from `start` on; what could not be read and was replaced goes to `replaced`."""
+        rows = range(start, min(start + 64, len(store)))
+        if not rows:
+            return
+        read = [get_readable(self.first if row < self.n else self.dataset, row % self.n,
+                             np.random.default_rng((self.seed, row))) for row in rows]
+        replaced.update({row % self.n: source for row, (_, source) in zip(rows, read) if source != row % self.n})
+        store[rows.start:rows.stop] = make(torch.stack([image for image, _ in read]), start)  # of (64, 3, S, S) uint8
+
+    def _save_progress(self, store, end, replaced):
+        """Say on the disk that rows up to `end` are whole; returns what all processes have replaced."""
+        store.flush()
+        if self.run.world > 1:
+            everyones = [None] * self.run.world
+            dist.all_gather_object(everyones, replaced)  # waits, too: all have written up to here
+            replaced = {i: source for one in everyones for i, source in one.items()}
+        self.state = {**self.state, "done": end, "replaced": sorted(map(list, replaced.items()))}
+        if self.run.is_main:
+            write_json(self.state_path, self.state)
+        barrier(self.run)
+        return replaced
+
+    def __getstate__(self):  # a worker process opens the file itself; pickling the map would copy all of it
+        return {**self.__dict__, "rows": None}
+
+    def __len__(self):
+        return self.n
+
+    def label(self, i):
+        return self.labels[self.replaced.get(i, i)] if self.labels else 0
+
+    def caption(self, i):
+        return self.captions[self.replaced.get(i, i)] if self.captions else ""
+
+    def get(self, i, rng):
+        """What was made of a version of image i that `rng` picks, (...): float32, or int64."""
+        if self.rows is None:
+            self.rows = self._open("r")
+        row = self.rows[int(rng.integers(self.views)) * self.n + i]               # (...)
+        return torch.from_numpy(row.astype(np.float32 if self.dtype.kind == "f" else np.int64))
 
 
 if __name__ == "__main__":

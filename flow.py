@@ -5,7 +5,7 @@ Rectified flow: the path from data to noise, the training target, the samplers, 
     image      <------ x <- x - v(x, t)/N, t from 1 to 1/N ------- fresh noise
 
 Papers: rectified flow, arXiv 2209.03003; FlexTok, arXiv 2502.13967 (the same path and sign, after minRF); guidance:
-CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Not in the official code: Heun, the loss.
+CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Not in the official code: the loss.
 A *velocity* below is a function (x (B, ...), t (1,)) -> v (B, ...): all images of a sampling batch share t.
 
     python flow.py          # 15 s on a CPU: learns a 2-D spiral, writes out/flow.png                    Next: model.py
@@ -26,7 +26,7 @@ def _expand(t, x):
 
 
 def interpolate(data, noise, t):
-    """x_t = (1-t)·data + t·noise: data, noise (B, ...), t (B,) in [0, 1] -> (B, ...).          (arXiv 2209.03003, Eq. 1)"""
+    """x_t = (1-t)·data + t·noise: data, noise (B, ...), t (B,) in [0, 1] -> (B, ...).    (arXiv 2209.03003, Eq. 1)"""
     t = _expand(t, data)                                                          # (B, 1, ..., 1)
     return (1 - t) * data + t * noise
 
@@ -53,7 +53,10 @@ def loss_by_t(loss, t, bins=4):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Which t to train on: one function per method, each returns (B,) in [0, 1]                FORK: a t sampler of your own
+# Which t to train on: one function per method, each returns (B,) in [0, 1]
+#
+# FORK: another law of t. Change one of these, or add one that `sample_t` in train_tokenizer.py names; draw from
+# `generator` alone, so that a run can be resumed.
 
 
 def t_uniform(B, generator=None, device=None):
@@ -62,7 +65,7 @@ def t_uniform(B, generator=None, device=None):
 
 
 def t_logit_normal(B, mean=0.0, std=1.0, generator=None, device=None):
-    """t = sigmoid(mean + std·n), n ~ N(0, 1): most samples where the task is hardest.       (SD3, arXiv 2403.03206, Eq. 19)
+    """t = sigmoid(mean + std·n), n ~ N(0, 1): most samples where the task is hardest. (SD3, arXiv 2403.03206, Eq. 19)
 
     mean 0, std 1 is the official default; a mean > 0 moves the samples towards noise.
     """
@@ -81,39 +84,22 @@ def t_stratified_logit_normal(B, generator=None, device=None):
 
 
 def t_mode(B, scale=1.29, generator=None, device=None):
-    """t = 1 - u - s·(cos²(πu/2) - 1 + u): heavy around the middle, s = 0 is uniform.         (SD3, arXiv 2403.03206, Eq. 20)"""
+    """t = 1 - u - s·(cos²(πu/2) - 1 + u): more of the middle; s = 0 is uniform.      (SD3, arXiv 2403.03206, Eq. 20)"""
     u = torch.rand(B, generator=generator, device=device)
     return 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Samplers: walk from noise (t=1) to data (t=0)
+# The sampler: walk from noise (t=1) to data (t=0)
 
 
 @torch.no_grad()
 def euler(velocity, noise, steps):
-    """Euler's method, `steps` evaluations at t = 1, 1-1/N, ..., 1/N.  noise (B, ...) -> (B, ...).         (official pipeline)"""
+    """Euler's method, `steps` evaluations, t = 1, 1-1/N, ..., 1/N.  noise (B, ...) -> (B, ...)  (official pipeline)"""
     x = noise
-    for i in range(steps, 0, -1):
-        t = torch.tensor([i / steps], device=x.device)                            # (1,), float32
+    times = torch.arange(steps, 0, -1, device=x.device) / steps  # (steps,) float32, made at once: no step waits for it
+    for t in times.split(1):                                                      # (1,)
         x = x - velocity(x, t) / steps
-    return x
-
-
-@torch.no_grad()
-def heun(velocity, noise, steps):
-    """Heun's method, second order: 2·steps - 1 evaluations.  noise (B, ...) -> (B, ...).      (EDM, arXiv 2206.00364, Alg. 1)
-
-    An Euler step looks ahead, the mean of both slopes is walked. The last step is Euler's: at t=0 the network was
-    hardly trained. Guidance with momentum (APG) sees both evaluations of a step.
-    """
-    x = noise
-    for i in range(steps, 0, -1):
-        t, t_next = (torch.tensor([j / steps], device=x.device) for j in (i, i - 1))
-        v = velocity(x, t)
-        if i > 1:
-            v = (v + velocity(x - v / steps, t_next)) / 2
-        x = x - v / steps
     return x
 
 
@@ -122,7 +108,7 @@ def heun(velocity, noise, steps):
 
 
 def cfg(v_cond, v_uncond, cfg_scale):
-    """v = v_uncond + s·(v_cond - v_uncond), on all channels; s = 1 is v_cond.                  (CFG, arXiv 2207.12598, Eq. 6)"""
+    """v = v_uncond + s·(v_cond - v_uncond), on all channels; s = 1: v_cond.          (CFG, arXiv 2207.12598, Eq. 6)"""
     return v_uncond + cfg_scale * (v_cond - v_uncond)
 
 
@@ -156,19 +142,6 @@ class APG:
         return v_cond + (cfg_scale - 1) * (orthogonal.to(diff.dtype) + self.eta * parallel.to(diff.dtype))
 
 
-def guided(v_cond, v_uncond, cfg_scale, combine=cfg):
-    """Join two velocities into one: `combine` is `cfg` or an `APG()`; cfg_scale is a number or a function of t.
-
-    v_cond, v_uncond: functions (x, t) -> v. With the number 1 the unconditional one is never evaluated.
-    """
-    if not callable(cfg_scale) and cfg_scale == 1.0:
-        return v_cond
-    def velocity(x, t):
-        scale = cfg_scale(t.item()) if callable(cfg_scale) else cfg_scale
-        return combine(v_cond(x, t), v_uncond(x, t), scale)
-    return velocity
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Demo: a 2-D spiral
 
@@ -199,8 +172,7 @@ def _demo(steps=2000):
             sums, counts = loss_by_t(loss, t)
             print(f"step {step + 1}: loss {loss.mean():.3f}, in the quarters of t", [f"{x:.2f}" for x in sums / counts])
     noise = torch.randn(2000, 2)
-    panels = {"data": spiral(2000), "Euler, 4 steps": euler(velocity, noise, 4), "Heun, 4 steps": heun(velocity, noise, 4),
-              "Euler, 50 steps": euler(velocity, noise, 50)}
+    panels = {"data": spiral(2000), **{f"{steps} steps": euler(velocity, noise, steps) for steps in (1, 4, 50)}}
     picture = Image.new("RGB", (300 * len(panels), 320), "white")
     draw = ImageDraw.Draw(picture)
     for i, (name, points) in enumerate(panels.items()):

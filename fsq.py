@@ -1,9 +1,9 @@
 """
 Finite scalar quantisation: a vector of L numbers becomes one of V = Π levels tokens, without a learned codebook.
 
-    latents (..., L) --bound--> (..., L) in (-l/2, l/2) --round--> codes (..., L) in [-1, 1] <--digits--> tokens (...) in [0, V)
+    latents (..., L) --bound--> in (-l/2, l/2) --round--> codes (..., L) in [-1, 1] <--digits--> tokens (...) in [0, V)
 
-Paper: FSQ, arXiv 2309.15505; FlexTok, arXiv 2502.13967, uses levels [8, 8, 8, 5, 5, 5], so V = 64,000 and a token is 16 bits.
+Paper: FSQ, arXiv 2309.15505; FlexTok, arXiv 2502.13967, uses levels [8, 8, 8, 5, 5, 5]: V = 64,000, 16 bits a token.
 There is no codebook, hence no codebook loss and no dead entries to revive: the only learned parts are the linear
 layers before and after. Differences from the official code: tokens are computed in integers, so that every level
 count up to 64 is exact, and the training noise is drawn per sample, not once for the whole batch.
@@ -31,7 +31,7 @@ class FSQ(nn.Module):
         if not levels or any(int(l) != l or not 2 <= l <= 64 for l in levels):
             raise ValueError(f"levels {list(levels)}: expected whole numbers from 2 to 64")
         self.levels = [int(l) for l in levels]
-        self.vocab_size = math.prod(self.levels)
+        self.code_width, self.vocab_size = len(self.levels), math.prod(self.levels)
         if self.vocab_size >= 2**63:
             raise ValueError(f"levels {self.levels}: their product does not fit into 63 bits")
         self.drop_quant_p, self.corrupt_tokens_p = drop_quant_p, corrupt_tokens_p
@@ -42,6 +42,10 @@ class FSQ(nn.Module):
         self.register_buffer("basis", basis, persistent=False)                    # (L,)
         self.register_buffer("level_counts", levels, persistent=False)            # (L,)
         self.register_buffer("half_width", levels // 2, persistent=False)         # (L,)  8 -> 4, 5 -> 2
+
+    def extra_repr(self):
+        """Stands in the module's `repr`, which is part of a tokenizer's fingerprint: what decides tokens."""
+        return f"levels={self.levels}"
 
     def forward(self, latents):
         """latents (..., L), any float dtype -> codes (..., L) float32 in [-1, 1], tokens (...) int64 in [0, V)."""
@@ -79,13 +83,13 @@ class FSQ(nn.Module):
         return (digits * self.basis).sum(-1)                                      # (...)
 
     def tokens_to_codes(self, tokens):
-        """tokens (...) of an integer dtype in [0, V) -> codes (..., L) float32 in [-1, 1]. Raises ValueError outside."""
+        """tokens (...) of an integer dtype in [0, V) -> codes (..., L) float32 in [-1, 1]; else raises ValueError."""
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens are {tokens.dtype}, expected integers")
         tokens = tokens.long()  # first: 64,000 does not fit every integer type, and torch cannot compare uint16
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.vocab_size):
             bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0].item()
-            raise ValueError(f"token {bad} is out of range: levels {self.levels} give tokens 0 to {self.vocab_size - 1}")
+            raise ValueError(f"token {bad} is out of range: {self.levels} levels give 0 to {self.vocab_size - 1}")
         digits = tokens.unsqueeze(-1) // self.basis % self.level_counts    # (..., L)
         return (digits - self.half_width) / self.half_width
 

@@ -4,27 +4,32 @@ The tokenizer: an image becomes K ordered tokens, and any first k of them become
     images (B,3,H,W) --VAE--> latents (B,C,h,w) --Encoder--> (B,K,L) --FSQ--> codes (B,K,L) in [-1,1] = tokens (B,K)
     images <--VAE-- latents <--flow sampler-- noise (B,C,h,w), where velocity = Decoder(x_t, t, first k codes)
 
-Paper: FlexTok, arXiv 2502.13967. Numerically equal to the official code (test_all.py, section golden), with three
-exact savings that it does not have; each is derived where it is made: search this file for SAVING.
-Letters: B batch, C latent channels, h w latent grid, p patch size, N patches, K registers, k kept ones, L FSQ dimensions,
-D width, nh hd heads and head size.
+A *register* is a learned vector that joins the patches of an image as one more token. It stands for no place in it:
+what it holds after the encoder is what attention let it gather from the whole image, and that, quantised, is one token.
 
-    python model.py         # prints who attends to whom, the shapes, and the sizes of d12-d12         Next: train_tokenizer.py
+Paper: FlexTok, arXiv 2502.13967. Numerically equal to the official code (test_all.py, section golden), with three
+exact savings that it does not have, each derived where it is made: search for SAVING. Where to change something for an
+experiment of your own: search for FORK.
+Letters: B batch, C latent channels, h w latent grid, p patch size, N patches, K registers, k kept ones, L numbers in a
+code, D width, nh hd heads and head size.
+
+    python model.py         # prints who attends to whom, shapes, and the size of d12-d12      Next: train_tokenizer.py
 """
 import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, make_dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 import flow
-from common import UserError, load_tensors, load_weights, read_json, save_tensors, write_json
+from common import UserError, checked, load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json
 from fsq import FSQ
+from images import check_images
 from vae import VAE, VAEConfig
 
 
@@ -49,8 +54,14 @@ class TokenizerConfig:
     # trained for minutes need larger ones to start using their tokens at all (README, FAQ).
     position_std: float = 0.02        # of the decoder's register positions
     code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
-    head_std: float = 0.0             # of the encoder's last layer, the one that feeds FSQ
-    repa_widths: tuple = ()           # official checkpoints may hold a REPA head; nothing here uses it, saving keeps it
+    head_std: float = 0.0             # of the encoder's last layer, the one that feeds the quantiser
+
+    def __post_init__(self):
+        if len(self.grid) != 2:
+            raise ValueError(f"grid {self.grid}: expected (rows, columns)")
+        for name, p in (("drop_quant_p", self.drop_quant_p), ("corrupt_tokens_p", self.corrupt_tokens_p)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name} {p}: expected a chance, 0 to 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,7 +69,7 @@ class TokenizerConfig:
 
 
 def norm(x):
-    """LayerNorm over the last axis without learned scale or shift; torch computes its statistics in float32 for any dtype."""
+    """LayerNorm over the last axis, no learned scale or shift; torch takes its statistics in float32 for any dtype."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-5)
 
 
@@ -70,25 +81,24 @@ class Attention(nn.Module):
         if width % head_dim:
             raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
         self.head_dim = head_dim
-        self.wq = nn.Linear(width, width, bias=False)
-        self.wk = nn.Linear(width, width, bias=False)
-        self.wv = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.wq, self.wk, self.wv, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
 
-    def forward(self, x, attend, read=slice(None)):
-        """x (B, n, D) -> (B, m, D), the m tokens that the slice `read` selects; all n may be looked at.
+    def forward(self, x, attend, seen=None):
+        """x (B, m, D) -> like x: what these tokens read from those in `seen` (B, n, D); None: from each other.
 
         `attend(q, k, v, scale)`: q (B, nh, m, hd), k and v (B, nh, n, hd) -> like q; who sees whom is its choice.
         """
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # noqa: E731, (B, n, D) -> (B, nh, n, hd)
-        q, k, v = heads(self.wq(x[:, read])), heads(self.wk(x)), heads(self.wv(x))  # (B, nh, m or n, hd)
+        def heads(y):
+            return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)           # (B, n, D) -> (B, nh, n, hd)
+        seen = x if seen is None else seen
+        q, k, v = heads(self.wq(x)), heads(self.wk(seen)), heads(self.wv(seen))   # (B, nh, m or n, hd)
         # 8/hd is muP's 1/hd rule, made to equal the usual 1/√hd at head size 64        (official: attention.py)
         x = attend(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=8 / self.head_dim)  # (B, nh, m, hd)
         return self.proj(x.transpose(1, 2).flatten(2))                            # (B, m, D)
 
 
 class SwiGLU(nn.Module):
-    """fc2(SiLU(fc1 x) · fc3 x), (B, n, D) -> (B, n, D) (arXiv 2002.05202); hidden size 8/3·D, rounded down as official."""
+    """fc2(SiLU(fc1 x) · fc3 x), (B, n, D) -> (B, n, D) (arXiv 2002.05202); hidden size 8/3·D, rounded down."""
 
     def __init__(self, width):
         super().__init__()
@@ -109,17 +119,22 @@ class Block(nn.Module):
         self.attn = Attention(width, head_dim)
         self.mlp = SwiGLU(width)
 
-    def forward(self, x, attend, read=slice(None)):
-        """x (B, n, D) -> (B, m, D), the tokens in `read`: of the last block only those that the head reads. The others have
-        done their part once its attention has seen them, and need neither query nor MLP there."""
-        x = x[:, read] + self.attn(norm(x), attend, read)                         # (B, m, D)
+    def forward(self, x, attend, seen=None):
+        """x (B, n, D) -> like x. Its tokens look at each other, or at all those in `seen` if that is given.
+
+        In the last block it is: only x is read after it, so the other tokens are looked at, and need no query, no MLP.
+        """
+        x = x + self.attn(norm(x), attend, None if seen is None else norm(seen))  # (B, n, D)
         return x + self.mlp(norm(x))
 
 
 class AdaLNBlock(nn.Module):
-    """A block whose norms are shifted and scaled, and whose branches are gated, by functions of t (adaLN-zero, arXiv 2212.09748).
+    """A block whose norms are shifted and scaled, and whose branches are gated, by functions of t.
 
-    Patches and registers share the weights and attend jointly, but have modulations of their own.
+    Patches and registers share the weights and attend jointly, but have modulations of their own, for t says
+    different things of them: of a patch, how much of it is noise; a register is clean at every t, and t says only how
+    much it is needed. adaLN-zero (arXiv 2212.09748): the functions of t start at zero, gates included, so that a new
+    network is the identity.
     """
 
     def __init__(self, width, head_dim):
@@ -132,11 +147,12 @@ class AdaLNBlock(nn.Module):
         """t_embedding (B or 1, D) -> (B or 1, 2 streams, 6, D)."""
         return self.adaln(F.silu(t_embedding)).unflatten(-1, (2, 6, -1))
 
-    def forward(self, x, modulation, N, attend, read=slice(None)):
-        """x (B, N + registers, D), modulation (B or 1, 2, 6, D) -> (B, m, D), the tokens in `read`, as in `Block`."""
+    def forward(self, x, modulation, N, attend, seen=None):
+        """x (B, n, D), N patches and then registers; modulation (B or 1, 2, 6, D) -> like x. `seen` as in `Block`."""
         # official order, not DiT's: both gates first
         gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)  # each (B or 1, 2, D)
-        x = x[:, read] + per_stream(self.attn(modulate(norm(x), shift_attn, scale_attn, N), attend, read), gate_attn, N)  # (B, m, D)
+        seen = None if seen is None else modulate(norm(seen), shift_attn, scale_attn, N)  # all tokens
+        x = x + per_stream(self.attn(modulate(norm(x), shift_attn, scale_attn, N), attend, seen), gate_attn, N)
         return x + per_stream(self.mlp(modulate(norm(x), shift_mlp, scale_mlp, N)), gate_mlp, N)
 
 
@@ -146,13 +162,13 @@ def per_stream(x, gate, N):
 
 
 def modulate(x, shift, scale, N):
-    """x·(1 + scale) + shift, patches (the first N tokens) and registers each with their own; shift, scale (B or 1, 2, D)."""
+    """x·(1 + scale) + shift, each with its own for the first N tokens and the others; shift, scale (B or 1, 2, D)."""
     return torch.cat([x[:, :N] * (1 + scale[:, :1]) + shift[:, :1],
                       x[:, N:] * (1 + scale[:, 1:]) + shift[:, 1:]], 1)           # (B, n, D)
 
 
 def sincos_2d(D, rows, columns):
-    """Fixed positional table (1, D, rows, columns): sin and cos of the row in the first half, of the column in the second."""
+    """Fixed positions (1, D, rows, columns): sin and cos of the row in the first half of D, then of the column."""
     if D % 4:
         raise ValueError(f"width {D} is not a multiple of 4, which 2-D sine-cosine positions need")
     omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))    # (D/4,)
@@ -168,13 +184,13 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.p = patch_size
         self.proj = nn.Linear(patch_size**2 * channels, width)
-        self.register_buffer("positions", sincos_2d(width, *grid))                # (1, D, rows, columns), saved, as official
+        self.register_buffer("positions", sincos_2d(width, *grid))                # (1, D, rows, columns), saved
 
     def forward(self, latents):
         rows, columns = latents.shape[2] // self.p, latents.shape[3] // self.p
         positions = self.positions[:, :, :rows, :columns]                         # (1, D, <= rows, <= columns)
         if positions.shape[2:] != (rows, columns):  # larger than in training: the same waves, further out
-            positions = sincos_2d(self.proj.out_features, rows, columns).to(positions)
+            positions = sincos_2d(self.proj.out_features, rows, columns).to(positions, non_blocking=True)
         return self.proj(patchify(latents, self.p)) + positions.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
@@ -212,33 +228,38 @@ def token_parameter(*shape, std=0.02):
 
 
 def prefix_causal_attention(N, k):
-    """N patches see all patches; register j of k sees all patches and registers 0..j. Returns an `attend` for `Attention`.
+    """Patches see patches; register j of k sees all patches and registers 0..j. Returns an `attend` for `Attention`.
 
-    SAVING 2. Written as one attention with a mask, this is a dense (N+K)² mask, which leaves the fast kernels. But the
-    mask has only two kinds of rows: patch rows see exactly the patches, so they are attention without any mask; register
-    rows see everything but the registers to their right, which is causal attention aligned at the lower right corner.
-    Two calls without a dense mask compute the same numbers. And because nothing ever looks at register j from before
-    it, leaving out the registers from k on does not change the first k: k tokens cost N + k.
+    Registers are causal because a prefix must mean the same whatever follows: the first k then are the image's
+    description in k tokens, however many are asked for. And a prior that writes tokens from left to right can only take
+    into account what stands before. Patches see no register, or an early one would see a later one through them.
+
+    SAVING 2. As one attention this needs a dense (N+K)² mask, which the fast kernels do not take. But it has only two
+    kinds of rows: patches see exactly the patches, which is attention without a mask; registers see all but those to
+    their right, which is causal attention aligned at the lower right corner. Two calls compute the same numbers. And as
+    nothing before register j looks at it, leaving out the registers from k on changes no other: k tokens cost N + k.
     """
-    # FORK: another attention mask
+    # FORK: another attention mask. `attend` must answer queries of all N + k tokens, and of the k registers alone.
+    from torch.nn.attention.bias import causal_lower_right  # late: it loads torch's compiler, which takes a second
     mask = causal_lower_right(k, N + k)
+    attention = F.scaled_dot_product_attention
     def attend(q, keys, v, scale):
-        registers = F.scaled_dot_product_attention(q[:, :, -k:], keys, v, attn_mask=mask, scale=scale)     # (B, nh, k, hd)
+        registers = attention(q[:, :, -k:], keys, v, attn_mask=mask, scale=scale)  # (B, nh, k, hd)
         if q.shape[2] == k:  # in the last block only registers ask
             return registers
-        patches = F.scaled_dot_product_attention(q[:, :, :N], keys[:, :, :N], v[:, :, :N], scale=scale)    # (B, nh, N, hd)
+        patches = attention(q[:, :, :N], keys[:, :, :N], v[:, :, :N], scale=scale)  # (B, nh, N, hd)
         return torch.cat([patches, registers], 2)                                 # (B, nh, N + k, hd)
     return attend
 
 
 class Encoder(nn.Module):
-    """latents (B, C, h, w), scaled -> (B, k, L) unbounded numbers for FSQ: what register tokens read from the patches."""
+    """latents (B, C, h, w), scaled -> (B, k, L) unbounded, for the quantiser: what registers read from the patches."""
 
-    def __init__(self, config):
+    def __init__(self, config, code_width):
         super().__init__()
         self.patch_embed = PatchEmbed(config.latent_channels, config.patch_size, config.enc_width, config.grid)
         self.blocks = nn.ModuleList(Block(config.enc_width, config.enc_head_dim) for _ in range(config.enc_depth))
-        self.head = nn.Linear(config.enc_width, len(config.levels))
+        self.head = nn.Linear(config.enc_width, code_width)
         init_linear(self)
         nn.init.normal_(self.head.weight, std=config.head_std)
         self.registers = token_parameter(config.registers, config.enc_width)      # (K, D)
@@ -255,45 +276,56 @@ class Encoder(nn.Module):
         attend = prefix_causal_attention(N, k)
         for block in self.blocks[:-1]:
             x = block(x, attend)                                                  # (B, N + k, D)
-        x = self.blocks[-1](x, attend, slice(N, None))                            # (B, k, D)
+        x = self.blocks[-1](x[:, N:], attend, seen=x)                             # (B, k, D)
         return self.head(norm(x))                                                 # (B, k, L)
+
+
+def make_quantizer(config):
+    """The quantiser, built here and nowhere else: an nn.Module that makes codes and tokens of the encoder's numbers.
+
+        forward(latents (B, k, code_width)) -> codes (B, k, code_width) float32, tokens (B, k) int64 in [0, vocab_size)
+        codes_to_tokens(codes) -> tokens        tokens_to_codes(tokens) -> codes, ValueError for no tokens
+        vocab_size, code_width: whole numbers, from which encoder, decoder, priors and token files take their sizes
+
+    Codes hand the decoder's gradient on to `latents`, usually straight through the rounding, and are computed in
+    float32 also under autocast. Parameters and persistent buffers are trained, averaged, saved and loaded with all
+    others; several processes rely on each parameter having a gradient after every backward pass, if only zero. Settings
+    that decide tokens and are no tensors stand in its `extra_repr`, which `FlexTok.fingerprint` reads.
+    """
+    # FORK: another quantiser. Return any module that keeps this contract.
+    return FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Nested dropout
 
 
-def sample_k(B, K, mode, generator=None, few_power=0.0):
-    """How many tokens each training sample keeps: (B,) int64 in 1..K, on the CPU so that grouping by k needs no GPU sync.
+def sample_k(B, K, mode, generator=None):
+    """How many tokens each training sample keeps: (B,) int64 in 1..K, on the CPU so that grouping needs no GPU sync.
 
     This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
-    dropout, arXiv 1402.0915). Modes: "uniform" over 1..K; "pow2" over 1, 2, 4, ..., K, with chances as 1/i^few_power of the
-    i-th: at 0 as much training for 1 token as for 256, above it more for few, for a decoder that must learn to paint much
-    from little; "uniform_pow2" uniform, then rounded up to a power of two (half of the samples keep all K). Raises
-    ValueError for another mode, and for a few_power below 0 or with a mode that has none.
+    dropout, arXiv 1402.0915). Each sample draws its own k: with one for all, a batch would pull towards few tokens in
+    one step and towards many in the next. Modes: "uniform" over 1..K; "pow2" over 1, 2, 4, ..., K, as much training for
+    1 token as for 256; "uniform_pow2" uniform, then rounded up to a power of two (half keep all K); else ValueError.
     """
-    # FORK: another k schedule
-    if few_power < 0 or few_power and mode != "pow2":
-        raise ValueError(f"few_power={few_power} with nested dropout mode {mode!r}: expected 0, or above 0 with pow2")
-    if mode == "uniform":
-        return torch.randint(1, K + 1, (B,), generator=generator)
+    # FORK: another law of k. Return (B,) int64 in 1..K on the CPU, from `generator` alone, so that runs can be resumed.
     if mode == "pow2":
         choices = torch.tensor(powers_of_two(K))
-        chances = torch.arange(1.0, len(choices) + 1)**-few_power
-        return choices[torch.multinomial(chances, B, replacement=True, generator=generator)]  # (B,)
-    if mode == "uniform_pow2":
-        return round_up_to_pow2(torch.randint(1, K + 1, (B,), generator=generator)).clamp(max=K)
-    raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
+        return choices[torch.multinomial(torch.ones(len(choices)), B, replacement=True, generator=generator)]  # (B,)
+    if mode not in ("uniform", "uniform_pow2"):
+        raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
+    k = torch.randint(1, K + 1, (B,), generator=generator)                        # (B,)
+    return k if mode == "uniform" else round_up_to_pow2(k).clamp(max=K)
 
 
 def powers_of_two(K):
-    """[1, 2, 4, ..., K]: the numbers of tokens at which reconstructions are shown and measured; K is always the last."""
+    """[1, 2, 4, ..., K]: the numbers of tokens at which reconstructions are shown and measured; K always the last."""
     return [2**i for i in range(K.bit_length()) if 2**i < K] + [K]
 
 
 def round_up_to_pow2(k):
-    """k (B,) int64 >= 1 -> the next power of two at or above each."""
-    return 2 ** (k - 1).double().add(0.5).log2().ceil().clamp(min=0).long()       # k-1+0.5 is never itself a power
+    """k (B,) int64 >= 1, on the CPU -> the next power of two at or above each."""
+    return torch.tensor([1 << (number - 1).bit_length() for number in k.tolist()])  # (B,)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -320,11 +352,11 @@ class TimeEmbed(nn.Module):
 class Decoder(nn.Module):
     """A flow network: noisy latents x_t, time t and the first k codes -> velocity. No sample ever sees another."""
 
-    def __init__(self, config):
+    def __init__(self, config, code_width):
         super().__init__()
         D, C, self.p, self.K = config.dec_width, config.latent_channels, config.patch_size, config.registers
         self.patch_embed = PatchEmbed(C, self.p, D, config.grid)
-        self.from_codes = nn.Linear(len(config.levels), D)
+        self.from_codes = nn.Linear(code_width, D)
         self.time_embed = TimeEmbed(D, config.max_timestep)
         self.blocks = nn.ModuleList(AdaLNBlock(D, config.dec_head_dim) for _ in range(config.dec_depth))
         self.head_adaln = nn.Linear(D, 2 * D)
@@ -337,46 +369,47 @@ class Decoder(nn.Module):
             nn.init.zeros_(layer.weight)
         self.positions = token_parameter(self.K, D, std=config.position_std)      # (K, D), of the registers
         self.mask_token = token_parameter(D)                                      # stands for a dropped register
-        self.null_token = token_parameter(D)                                      # stands for every register: "no condition"
-
-    def forward(self, x_t, t, codes, k_keep=None, null=None):
-        """x_t (B, C, h, w), t (B,) or (1,) in [0, 1], codes (B, k, L) with 0 <= k <= K -> velocity (B, C, h, w).
-
-        The K - k registers after `codes` count as dropped. k_keep (B,), at most k: sample i keeps only its first
-        k_keep[i]. null (B,) bool: sample i has no condition at all, its codes are ignored.
-        """
-        return self.velocity(x_t, self.modulations(t), codes, k_keep, null)
+        self.null_token = token_parameter(D)                                      # for every register: no condition
 
     def modulations(self, t):
-        """All that t decides: t (B,) or (1,) -> for each block (B or 1, 2, 6, D), and last for the head (B or 1, 2, 1, D).
+        """All that t decides: t (B,) or (1,) -> (B or 1, 2, 6, D) for each block, last (B or 1, 2, 1, D) for the head.
 
-        SAVING 3. When all samples share t, there is one row: these layers, as large as all others of the blocks together,
-        then run once per step, for all images and for both passes of guidance (and never once per token).
+        SAVING 3. When all samples share t, there is one row: these layers, as large as all others of the blocks
+        together, then run once per step, for all images and for both passes of guidance (and never once per token).
         """
         t_embedding = self.time_embed(t)                                          # (B or 1, D)
         head = self.head_adaln(F.silu(t_embedding)).unflatten(-1, (2, 1, -1))     # (B or 1, 2, 1, D)
         return [*(block.modulation(t_embedding) for block in self.blocks), head]
 
-    def velocity(self, x_t, modulations, codes, k_keep=None, null=None):
-        """`forward`, with what `modulations` returned in place of t."""
+    def forward(self, x_t, t, codes, k_keep=None, null=None, modulations=None):
+        """x_t (B, C, h, w), t (B,) or (1,) in [0, 1], codes (B, k, L) with 0 <= k <= K -> velocity (B, C, h, w).
+
+        The K - k registers after `codes` count as dropped. k_keep (B,), at most k: sample i keeps only its first
+        k_keep[i]. null (B,) bool: sample i has no condition at all, its codes are ignored. modulations: those of t, if
+        the caller has them already.
+        """
         B, C, h, w = x_t.shape
         patches = self.patch_embed(x_t)                                           # (B, N, D)
-        registers, heavy = self.registers_of(codes, k_keep, null)                 # (B, k or k + 1, D)
+        registers, copies = self.registers_of(codes, k_keep, null)                # (B, k or k + 1, D)
         x = torch.cat([patches, registers], 1)                                    # (B, n, D)
         N = patches.shape[1]
-        attend = full_attention(x.shape[1], heavy, x.device)
-        *of_blocks, of_head = modulations
+        attend = full_attention(x.shape[1], copies, x.device)
+        *of_blocks, of_head = self.modulations(t) if modulations is None else modulations
         for block, modulation in zip(self.blocks[:-1], of_blocks):
             x = block(x, modulation, N, attend)                                   # (B, n, D)
-        x = self.blocks[-1](x, of_blocks[-1], N, attend, slice(0, N))             # (B, N, D)
+        x = self.blocks[-1](x[:, :N], of_blocks[-1], N, attend, seen=x)           # (B, N, D)
         shift, scale = of_head.unbind(1)                                          # each (B or 1, 1, D)
         return unpatchify(self.head(norm(x) * (1 + scale) + shift), self.p, h, w)  # (B, C, h, w)
 
     def registers_of(self, codes, k_keep, null):
-        """The registers' input, and for how many equal ones the last of them stands: (B, k or k + 1, D), int."""
+        """What the decoder sees of the tokens: (B, k or k + 1, D), and for how many equal registers the last stands.
+
+        A register that is kept holds its code and its position; one that is dropped holds the mask token, a learned
+        vector that says "not known", the same in every place. Without a condition all hold another one, the null token:
+        for it the decoder learns to paint any image, which guidance pushes away from.
+        """
+        # FORK: another condition. Return any (B, n, D) and 1; codes beyond k_keep or of null samples must not matter.
         B, k, _ = codes.shape
-        if k > self.K:
-            raise ValueError(f"{k} tokens, but this model has {self.K} registers")
         registers = self.from_codes(codes) + self.positions[:k]                   # (B, k, D)
         if k_keep is not None:
             kept = torch.arange(k, device=codes.device) < k_keep.to(codes.device, non_blocking=True)[:, None]  # (B, k)
@@ -389,29 +422,37 @@ class Decoder(nn.Module):
         return registers, self.K - k
 
 
-def full_attention(n, heavy, device):
-    """Everyone sees everyone; the last of the n tokens counts `heavy` times. Returns an `attend` for `Attention`.
+def full_attention(n, copies, device):
+    """Everyone sees everyone; the last of n tokens stands for `copies` equal ones. Returns an `attend` for `Attention`.
 
-    SAVING 1. The K - k dropped registers enter as the same vector, with no position, no mask and the same modulation: by
-    symmetry they leave every block as the same vector again. So one of them is enough, if attention still counts them
-    all. In softmax(q·key), m equal keys put m·exp(s) where one puts exp(s); and m·exp(s) = exp(s + log m): adding log m
-    to that key's logit is exact. Its value is then weighted m times too, as m equal values would be. So N + k + 1 tokens
-    compute what N + K did, gradients included (they are the same function), and the null condition costs N + 1.
+    SAVING 1. The K - k dropped registers enter as the same vector, with no position, no mask and the same modulation:
+    by symmetry they leave every block as the same vector again. So one of them is enough, if attention still counts
+    all m. In softmax(q·key), m equal keys put m·exp(s) where one puts exp(s); and m·exp(s) = exp(s + log m): adding
+    log m to that key's logit is exact, for its value is then weighted m times too. It is the same function, gradients
+    included: k tokens cost N + k + 1, the null condition N + 1. Plainly:
 
-    The logit is added inside the dot product: in a channel of its own, queries hold 1/scale, the last key log m, other keys
-    0. (A bias would do, but CUDA's flash kernel takes none.) bfloat16 rounds log m by up to 0.4 %, which would count up to
-    1.6 % too many or too few; so three channels share it, each with what those before it rounded away. Five more hold
-    zeros, and v gets eight: that kernel wants q, k and v of one size, a multiple of 8.
+        bias = torch.zeros(n)
+        bias[-1] = math.log(copies)
+        F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[2], n), scale=scale)
     """
-    extra = None
-    if heavy > 1:  # heavy = 1: log 1 = 0; heavy = 0: no register was dropped
-        extra, rest = torch.zeros(n, 8, device=device), math.log(heavy)           # (n, 8)
-        for channel in range(3):
-            extra[-1, channel] = part = torch.tensor(rest, device="cpu").bfloat16().item()
-            rest -= part
+    if copies > 1:
+        return counted_attention(n, copies, device)
+    return F.scaled_dot_product_attention  # of one copy the bias is log 1 = 0; with none no register was dropped
+
+
+def counted_attention(n, copies, device):
+    """`full_attention` with the bias inside q·k, because CUDA's flash kernel takes none.
+
+    In a channel of its own, queries hold 1/scale, the last key log m, other keys 0. bfloat16 rounds log m by up to
+    0.4 %, which would count up to 1.6 % too many or too few; so three channels share it, each with what those before it
+    rounded away. Five more hold zeros, and v gets eight: that kernel wants q, k, v of one size, a multiple of 8.
+    """
+    extra, rest = torch.zeros(n, 8, device=device), math.log(copies)              # (n, 8)
+    for channel in range(3):
+        part = torch.tensor(rest, device="cpu").bfloat16().item()
+        extra[-1, channel].fill_(part)  # `= part` would copy it from the CPU, which waits for the GPU
+        rest -= part
     def attend(q, k, v, scale):
-        if extra is None:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
         q = F.pad(q, (0, 8), value=1 / scale)                                     # (B, nh, m, hd + 8)
         k = torch.cat([k, extra.to(k.dtype).expand(*k.shape[:2], -1, -1)], -1)    # (B, nh, n, hd + 8)
         return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=scale)[..., :-8]  # (B, nh, m, hd)
@@ -425,16 +466,31 @@ def full_attention(n, heavy, device):
 VAE_PIXELS = 8 * 256 * 256  # that the VAE is given at once, but at least one whole image
 
 
-def vae_slices(x, pixels):
-    """x (B, ...), images or their latents of so many pixels each -> parts of the batch, so that the VAE's feature maps fit.
+def in_groups(velocity, K, latents, x_t, t, k_keep, null):
+    """`velocity` as in `FlexTok.forward`, called with the samples together that need about as many of the K registers.
 
-    An image is not cut into tiles: GroupNorm and the VAE's attention look at all of it, so that tiles would change the result.
+    Neither the first k registers nor the decoder look at those from k on: a sample with few tokens costs little more
+    than 2·N, not 2·(N + K). Each k goes with the next power of two; those up to 16 share one group, as a small one
+    costs more in calls than its few tokens save. The null condition is group 0, without an encoder. Where it and k = 1
+    are a quarter of the batch, they are group 1. (So the encoder always runs, if only for codes that are ignored:
+    processes that share gradients rely on every parameter having one, if only zero.)
     """
-    return x.split(max(1, VAE_PIXELS // pixels))
+    group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))   # (B,), on the CPU as k_keep and null
+    few = null | (k_keep == 1)                                                    # (B,)
+    if 4 * few.sum() >= len(few):
+        group[few] = 1
+    order, results = [], []
+    for k in group.unique().tolist():
+        members = (group == k).nonzero().squeeze(1)                               # (b,)
+        rows = members.to(x_t.device, non_blocking=True)                          # (b,)
+        order.append(members)
+        results.append(velocity(k, latents[rows], x_t[rows], t[rows], k_keep[members], null[members]))  # (b, C, h, w)
+    back = torch.cat(order).argsort().to(x_t.device, non_blocking=True)           # (B,)
+    return torch.cat(results)[back]                                               # (B, C, h, w)
 
 
 class FlexTok(nn.Module):
-    """The whole tokenizer: VAE (frozen), encoder, FSQ, decoder.
+    """The whole tokenizer: VAE (frozen), encoder, quantiser, decoder.
 
     >>> tokenizer = FlexTok.from_pretrained("assets/emoji64")
     >>> tokens = tokenizer.tokenize(images)                        # list of B tensors (1, K)
@@ -443,19 +499,17 @@ class FlexTok(nn.Module):
 
     def __init__(self, config, vae):
         super().__init__()
-        if config.latent_channels != vae.config.latent_channels:
-            raise ValueError(f"the tokenizer takes {config.latent_channels} latent channels, the VAE has "
-                             f"{vae.config.latent_channels}")
+        C = config.latent_channels
+        if C != vae.config.latent_channels:
+            raise ValueError(f"the tokenizer takes {C} latent channels, the VAE has {vae.config.latent_channels}")
         self.config = config
         self.vae = vae.requires_grad_(False)
-        self.encoder = Encoder(config)
-        self.fsq = FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)     # FORK: another quantizer
-        self.decoder = Decoder(config)
-        widths = list(zip(config.repa_widths, config.repa_widths[1:]))
-        self.repa_head = nn.ModuleList(nn.Linear(a, b) for a, b in widths).requires_grad_(False)
-        self.one_group = False  # training: whether all samples go through together, see `forward`
+        self.quantizer = make_quantizer(config)
+        self.encoder = Encoder(config, self.quantizer.code_width)
+        self.decoder = Decoder(config, self.quantizer.code_width)
+        self.one_group = False  # training: whether all samples go through together, with all K registers
         self.official = {}  # the config of the official checkpoint that this came from, for `export_official`
-        self.notes = {}     # what else its config.json said, if it was read from one of ours: how it was trained, and more
+        self.notes = {}     # what else its config.json said, if it was one of ours: how it was trained, and more
 
     @property
     def image_size(self):
@@ -465,37 +519,23 @@ class FlexTok(nn.Module):
     def forward(self, latents, x_t, t, k_keep, null):
         """One training pass: latents, x_t (B, C, h, w), t (B,) -> velocity (B, C, h, w).
 
-        k_keep (B,) int64 and null (B,) bool live on the CPU (grouping must not wait for the GPU). Samples that keep about
-        as many tokens go through encoder and decoder together, so that one with few tokens costs little more than 2·N, not
-        2·(N + K): neither the first k registers nor the decoder look at those from k on, so these have no gradient either.
+        Sample i keeps its first k_keep[i] tokens, and has no condition at all where null[i]. k_keep (B,) int64 and null
+        (B,) bool are on the CPU, as grouping must not wait for the GPU.
         """
-        # Each k goes into the group of the next power of two. Those up to 16 share one: a small group costs more in calls
-        # than its few tokens save. The null condition is group 0, which needs no encoder. With k = 1 it is a group large
-        # enough to pay if the two are a quarter of the batch. (So the encoder always runs, if only for codes that are
-        # ignored, and every parameter has a gradient, if only zero: processes that share gradients rely on it.)
+        def velocity(k, latents, x_t, t, k_keep, null):  # of samples that need no more than k registers
+            none = x_t.new_zeros(len(x_t), 0, self.quantizer.code_width)
+            codes = self.quantizer(self.encoder(latents, k))[0] if k else none    # (b, k, L)
+            return self.decoder(x_t, t, codes, k_keep, null)                      # (b, C, h, w)
         K = self.config.registers
-        group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))  # (B,)
-        few = null | (k_keep == 1)                                                # (B,)
-        if 4 * few.sum() >= len(few):
-            group[few] = 1
-        if self.one_group:  # as many calls on every process, whatever its k are: split weights are gathered in each
-            group = torch.full_like(group, K)
-        order, velocities = [], []
-        for k in group.unique().tolist():
-            members = (group == k).nonzero().squeeze(1)                           # (b,)
-            order.append(members)
-            i = members.to(latents.device, non_blocking=True)
-            codes = self.fsq(self.encoder(latents[i], k))[0] if k else latents.new_zeros(len(i), 0, len(self.config.levels))  # (b, k, L)
-            velocities.append(self.decoder(x_t[i], t[i], codes, k_keep[members], null[members]))
-        back = torch.cat(order).argsort().to(latents.device, non_blocking=True)   # (B,)
-        return torch.cat(velocities)[back]                                        # (B, C, h, w)
+        if self.one_group:
+            return velocity(K, latents, x_t, t, k_keep, null)  # the plain form
+        return in_groups(velocity, K, latents, x_t, t, k_keep, null)
 
     def compile_blocks(self, **options):
-        """torch.compile the blocks of encoder and decoder; options go to torch.compile. Changes no name in the state dict.
+        """torch.compile the blocks of encoder and decoder, with these options. Changes no name in the state dict.
 
-        The blocks of each share their graphs, and the number of tokens is dynamic in them. Tokenising makes four graphs and
-        detokenising four, whatever the k are: middle and last block, in the encoder each for one register and for several,
-        in the decoder each with dropped registers and without. Batches of one make their own.
+        Tokenising makes four graphs and detokenising four, whatever the k are: middle and last block, in the encoder
+        for one register and for several, in the decoder with dropped registers and without. Batches of one make others.
         """
         for block in [*self.encoder.blocks, *self.decoder.blocks]:
             block.compile(dynamic=True, **options)
@@ -505,58 +545,77 @@ class FlexTok(nn.Module):
         """images (B, 3, H, W) in [-1, 1] -> list of B int64 tensors (1, k); k=None gives all K.
 
         Uses the mean of the VAE's posterior, so that it is repeatable; `sample_posterior=True` draws from it, as the
-        official code does. Asking for k tokens costs less and gives the first k of all of them.
+        official code does. Asking for k tokens costs less and gives the first k of all of them. Raises ValueError for
+        another shape or range, or k.
         """
-        images = images.to(self.decoder.mask_token.device)
-        latents = torch.cat([self.vae.latents(part, sample_posterior) for part in vae_slices(images, images.shape[-2] * images.shape[-1])])  # (B, C, h, w)
-        _, tokens = self.fsq(self.encoder(latents, k))
+        images = check_images(images).to(self.decoder.mask_token.device, torch.float32)
+        pixels = images.shape[-2] * images.shape[-1]
+        latents = self.through_vae(self.vae.latents, images, pixels, sample_posterior)  # (B, C, h, w)
+        _, tokens = self.quantizer(self.encoder(latents, k))                      # (B, k)
         return list(tokens.split(1))                                              # B x (1, k)
 
     @torch.no_grad()
     def detokenize(self, tokens, timesteps=25, guidance_scale=7.5, perform_norm_guidance=True, generator=None,
-                   vae_image_sizes=None):
+                   vae_image_sizes=None, verbose=False):
         """List of B integer tensors (1, k_i) or (k_i,), 1 <= k_i <= K -> images (B, 3, H, W), about [-1, 1], unclamped.
 
         timesteps: Euler steps. guidance_scale: 1.0 is no guidance; a number or a function of t. perform_norm_guidance:
         APG instead of CFG. generator: makes it repeatable; noise is drawn image by image, so one seed gives what the
         official code gives. vae_image_sizes: size of the latent grid (not of the image), an int or a list of B equal
-        (h, w); None is the size of training. Raises ValueError for tokens that are no such list.
+        (h, w); None is the size of training. verbose: print t of each step on stderr. The sampler computes in float32
+        also under autocast. Raises ValueError for tokens that are no such list.
+
+        The official function's own defaults are guidance 1.0, no APG, and sizes that must be given; 7.5 with APG is how
+        its README calls it.
         """
         if timesteps < 1:
             raise ValueError(f"timesteps={timesteps}: expected at least 1")
-        device = self.decoder.mask_token.device
         codes, k_keep = self.codes_of(tokens)                                     # (B, k, L), (B,)
-        B, (h, w) = len(codes), self._latent_size(vae_image_sizes, len(codes))
-        draw_on = generator.device if generator is not None else device
-        noise = torch.cat([torch.randn(1, self.config.latent_channels, h, w, generator=generator, device=draw_on)
-                           for _ in range(B)]).to(device)                         # (B, C, h, w)
-        # the null condition needs no token, but with one, which it ignores, it shares its graphs with small k when compiled
+        B, device = len(codes), codes.device
+        h, w = self._latent_size(vae_image_sizes, B)
+        draw = {"generator": generator, "device": device if generator is None else generator.device}
+        noise = [torch.randn(1, self.config.latent_channels, h, w, **draw) for _ in range(B)]  # B x (1, C, h, w)
+        # the null condition needs no token, but with one, which it ignores, it shares graphs with small k when compiled
         nothing, everyone = codes[:, :1], torch.ones(B, dtype=torch.bool, device=device)
-        modulations = lru_cache(1)(self.decoder.modulations)  # both passes of a step get the very same t
-        latents = flow.euler(flow.guided(
-            v_cond=lambda x, t: self.decoder.velocity(x, modulations(t), codes, k_keep).float(),
-            v_uncond=lambda x, t: self.decoder.velocity(x, modulations(t), nothing, null=everyone).float(),
-            cfg_scale=guidance_scale,
-            combine=flow.APG() if perform_norm_guidance else flow.cfg), noise, timesteps)
-        # a few at a time: the VAE's finest level holds 512 times what its latents do
-        return torch.cat([self.vae.decode(part) for part in vae_slices(latents, h * w * self.vae.downsampling**2)])  # (B, 3, H, W)
+        # FORK: another rule of guidance, (v_cond, v_null, scale) -> v, each (B, C, h, w); called once a step, in order.
+        guide = flow.APG() if perform_norm_guidance else flow.cfg
+
+        def velocity(x, t):
+            if verbose:
+                print(f"t = {t.item():.3f}", file=sys.stderr, flush=True)
+            modulations = self.decoder.modulations(t)  # the same for both passes
+            v_cond = self.decoder(x, t, codes, k_keep, modulations=modulations).float()
+            if guidance_scale == 1.0:
+                return v_cond
+            v_null = self.decoder(x, t, nothing, null=everyone, modulations=modulations).float()
+            return guide(v_cond, v_null, guidance_scale(t.item()) if callable(guidance_scale) else guidance_scale)
+
+        latents = flow.euler(velocity, torch.cat(noise).to(device), timesteps)    # (B, C, h, w)
+        return self.through_vae(self.vae.decode, latents, h * w * self.vae.downsampling**2).float()  # (B, 3, H, W)
+
+    def through_vae(self, function, x, pixels, *options):
+        """function(x, *options), x (B, ...) images or latents of so many pixels each, a few at a time -> (B, ...).
+
+        Its finest level holds 512 times what its latents do. No image is cut into tiles: GroupNorm and the VAE's
+        attention look at all of it. Weights of float32 compute in float32 also under autocast, for they decide tokens.
+        """
+        exact = next(self.vae.parameters()).dtype == torch.float32
+        with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
+            return torch.cat([function(part, *options) for part in x.split(max(1, VAE_PIXELS // pixels))])
 
     def codes_of(self, tokens):
         """List of B integer tensors (1, k_i) or (k_i,) -> codes (B, k, L), padded; k_keep (B,), or None if equal."""
         if not len(tokens):
             raise ValueError("no tokens to decode: the list is empty")
-        device = self.decoder.mask_token.device
-        rows = [torch.as_tensor(row, device=device) for row in tokens]
+        rows, K = [torch.as_tensor(row) for row in tokens], self.config.registers
         for i, row in enumerate(rows):
-            if row.is_floating_point() or row.dtype == torch.bool or row.dim() not in (1, 2) or row.dim() == 2 and len(row) != 1:
-                raise ValueError(f"image {i}: tokens are {row.dtype} of shape {list(row.shape)}, expected integers (1, k) or (k,)")
-            rows[i] = row = row.reshape(-1).long()                                # (k_i,)
-            if not 1 <= len(row) <= self.config.registers:
-                raise ValueError(f"image {i} has {len(row)} tokens, expected 1 to {self.config.registers}")
-        lengths = torch.tensor([len(row) for row in rows], device=device)         # (B,)
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)                # (B, k)
-        same = all(len(row) == len(rows[0]) for row in rows)
-        return self.fsq.tokens_to_codes(padded), None if same else lengths
+            is_row = row.dim() == 1 or row.shape[:-1] == (1,)
+            if row.is_floating_point() or row.dtype == torch.bool or not is_row or not 1 <= row.numel() <= K:
+                raise ValueError(f"image {i}: {row.dtype} of shape {[*row.shape]}, expected 1 to {K} integers (1, k)")
+        padded = nn.utils.rnn.pad_sequence([row.flatten().long() for row in rows], batch_first=True)  # (B, k)
+        lengths = torch.tensor([row.numel() for row in rows])                     # (B,)
+        codes = self.quantizer.tokens_to_codes(padded.to(self.decoder.mask_token.device))  # (B, k, L)
+        return codes, None if (lengths == lengths[0]).all() else lengths.to(codes.device)
 
     def _latent_size(self, sizes, B):
         """The (h, w) that `detokenize`'s vae_image_sizes asks for."""
@@ -570,44 +629,52 @@ class FlexTok(nn.Module):
 
     def fingerprint(self):
         """A hash of all that decides an image's tokens, so that a prior is never used with another tokenizer's."""
-        # the weights, and the three settings that leave no trace in their shapes
-        digest = hashlib.sha256(repr((self.fsq.levels, self.config.enc_head_dim, self.vae.config.scaling_factor)).encode())
-        for module in (self.vae, self.encoder):
+        # the weights, and the settings that leave no trace in them
+        settings = (repr(self.quantizer), self.config.enc_head_dim, self.vae.config.scaling_factor)
+        digest = hashlib.sha256(repr(settings).encode())
+        for module in (self.vae, self.encoder, self.quantizer):
             for tensor in module.state_dict().values():
-                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,): numpy has no bfloat16
+                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
         return digest.hexdigest()
 
     @property
     def recommended_guidance(self):
-        """The guidance scale that its config.json names under "sampling"; 7.5, the official default, if nothing does."""
+        """The guidance scale that its config.json names under "sampling"; 7.5, as in the official README, if none."""
         return self.notes.get("sampling", {}).get("guidance_scale", 7.5)
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
-        origin = {"official": self.official} if self.official else {}
-        write_json(os.path.join(directory, "config.json"),
-                   {"format": "minFlexTok", "tokenizer": asdict(self.config), "vae": asdict(self.vae.config), **origin, **notes})
-        tensors = self.state_dict()
+        tensors, origin = self.state_dict(), {"official": self.official} if self.official else {}
         save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, keep=fixed_tables(tensors))
+        sizes = {"tokenizer": asdict(self.config), "vae": asdict(self.vae.config)}
+        # last: it says that the model is whole
+        write_json(os.path.join(directory, "config.json"), {"format": "minFlexTok", **sizes, **origin, **notes})
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
-        """Read a tokenizer, ours or an official one: a directory, a safetensors file, or a name on the Hugging Face hub.
+        """Read a tokenizer, ours or official: a directory, a safetensors file, or a name on the Hugging Face hub.
 
-        In eval mode. dtype: of the weights; None is as stored; models in 16 bits run under torch.autocast. Raises UserError
-        naming the file and the reason.
+        In eval mode. dtype: of the weights; None is as stored; models in 16 bits run under torch.autocast. Raises
+        UserError naming the file and the reason.
         """
+        name = shipped(name)
         path = os.path.join(name, "config.json")
         saved = read_json(path) if os.path.isfile(path) else None
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok":
             from extras.pretrained import read_flextok
             return read_flextok(name, device, dtype)
         try:
-            model = unloaded(TokenizerConfig(**_tuples(saved["tokenizer"])), VAEConfig(**_tuples(saved["vae"])))
-        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise UserError(f"{path}: does not describe a tokenizer ({str(error).splitlines()[0]})") from None
+            model = unloaded(checked(TokenizerConfig, saved.get("tokenizer"), f"{path}: tokenizer"),
+                             checked(VAEConfig, saved.get("vae"), f"{path}: vae"))
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{path}: does not describe a tokenizer ({shown(str(error))})") from None
+        Sampling = make_dataclass("Sampling", [("guidance_scale", float, 0.0)])
+        checked(Sampling, saved.get("sampling", {}), f"{path}: sampling")
         model.official = saved.get("official", {})
-        model.notes = {name: value for name, value in saved.items() if name not in ("format", "tokenizer", "vae", "official")}
+        model.notes = {x: y for x, y in saved.items() if x not in ("format", "tokenizer", "vae", "official")}
+        if model.official:
+            from extras.pretrained import add_repa_head
+            add_repa_head(model, path)  # which some official checkpoints have: kept, and used by nothing here
         weights = os.path.join(name, "model.safetensors")
         tensors = load_tensors(weights)
         load_weights(model, tensors, weights, device, dtype, keep=fixed_tables(tensors))
@@ -615,41 +682,37 @@ class FlexTok(nn.Module):
 
 
 def unloaded(config, vae_config):
-    """A FlexTok whose tensors have shapes but no memory yet, for `load_weights` to fill. Raises ValueError for silly sizes."""
-    layers = (config.enc_depth + config.dec_depth + len(config.repa_widths)
-              + vae_config.layers_per_block * len(vae_config.block_out_channels))
+    """A FlexTok whose tensors have shapes but no memory, for `load_weights` to fill. ValueError for silly sizes."""
+    layers = config.enc_depth + config.dec_depth + vae_config.layers_per_block * len(vae_config.block_out_channels)
     if layers > 1000:  # even without memory, a billion layers would never end
         raise ValueError(f"{layers} layers, at most 1000 are read")
     with torch.device("meta"):
         model = FlexTok(config, VAE(vae_config))
-    model.fsq = FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)  # its constants are in no file
+    model.quantizer = make_quantizer(config)  # with memory: it may have constants that are in no file, as FSQ's are
     return model
 
 
 def fixed_tables(names):
-    """Those of the tensor names that are sine-cosine tables: they stay float32, so that larger grids continue them exactly."""
-    return [name for name in names if name.endswith("patch_embed.positions")]
-
-
-def _tuples(fields):
-    """JSON has lists where our dataclasses have tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in dict(fields).items()}
+    """Those of the names whose tensors stay float32: sine-cosine tables, so that larger grids continue them exactly,
+    and what the quantiser holds, which decides tokens."""
+    return [name for name in names if name.endswith("patch_embed.positions") or name.startswith("quantizer.")]
 
 
 if __name__ == "__main__":
     N, K = 4, 4
     print("Encoder: who (row) sees whom (column); p patch, r register. In the decoder everyone sees everyone.")
-    names = ["p"] * N + [f"r{j}" for j in range(K)]
-    print("     " + " ".join(f"{name:>2}" for name in names))
-    one_hot = torch.eye(N + K).view(1, 1, N + K, N + K)                           # values that tell whom they come from
-    seen = prefix_causal_attention(N, K)(torch.zeros_like(one_hot), torch.zeros_like(one_hot), one_hot, scale=1.0)[0, 0]
+    one_hot = torch.eye(N + K)[None, None]                                        # values that tell whom they come from
+    zeros = torch.zeros_like(one_hot)                                             # (1, 1, N + K, N + K)
+    seen = prefix_causal_attention(N, K)(zeros, zeros, one_hot, scale=1.0)[0, 0]  # (N + K, N + K)
+    names = [" p"] * N + [f"r{j}" for j in range(K)]
+    print("    ", *names)
     for name, row in zip(names, seen):
-        print(f"  {name:>2} " + " ".join(" x" if weight > 0 else " ." for weight in row))
+        print("  ", name, *(" x" if weight > 0 else " ." for weight in row))
     with torch.device("meta"):  # shapes without memory
-        encoder, decoder = Encoder(TokenizerConfig()), Decoder(TokenizerConfig())
+        encoder, decoder = (part(TokenizerConfig(), code_width=6) for part in (Encoder, Decoder))
         latents = torch.empty(2, 16, 32, 32)
         codes = encoder(latents)
         velocity = decoder(latents, torch.empty(2), codes[:, :16])
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    print(f"d12-d12: latents {tuple(latents.shape)} -> codes {tuple(codes.shape)} -> velocity {tuple(velocity.shape)}; "
-          f"{count(encoder):,} + {count(decoder):,} trainable parameters")
+    for name, x in (("latents", latents), ("codes", codes), ("velocity", velocity)):
+        print(f"d12-d12, {name}: {tuple(x.shape)}")
+    print("trainable parameters:", *(f"{sum(p.numel() for p in part.parameters()):,}" for part in (encoder, decoder)))

@@ -1,14 +1,15 @@
 """
-Captions as states that the prior can look at: a small transformer over words made of UTF-8 bytes, trained with the prior.
+Captions as states that the prior can look at: a small transformer over words made of bytes, trained with the prior.
 
     "a red star" --words of bytes, END--> ids (B, M, P), mask (B, M)
     ids --a vector for each byte at its place in the word, summed over the word, + position--> (B, M, E)
         --blocks: everyone sees everyone--> states (B, M, E)
 
-Not in the paper, which takes the frozen flan-T5-XL (arXiv 2210.11416): this one needs no download, knows every language's
-letters, and learns only the words of the captions it was trained on. The empty string is the unconditional caption.
-Why words: a caption of a drawn scene is about 80 bytes but 16 words, and what looks at bytes must first learn to spell. (A prior of the cpu preset,
-trained for 200 seconds: 5.83 nats per token after 1,350 steps with the bytes one by one, 4.86 after 2,660 with words.)
+Not in the paper, which takes the frozen flan-T5-XL (arXiv 2210.11416): this one needs no download, knows every
+language's letters, and learns only the words of the captions it was trained on. The empty string is the unconditional
+caption. Why words: a caption of a drawn scene is about 80 bytes but 16 words, and what looks at bytes must first learn
+to spell. (A prior of the cpu preset, trained for 200 seconds: 5.83 nats per token after 1,350 steps with the bytes one
+by one, 4.86 after 2,660 with words.)
 
     python text.py          # prints ids, mask and shapes of three captions                           Next: ar.py
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 WORD_BYTES = 12           # P, of the longest word; longer ones are cut into several
-END = 1 + 256 * WORD_BYTES  # an id like that of a byte: closes every caption, so that the empty one has something to look at too
+END = 1 + 256 * WORD_BYTES  # an id like a byte's. It closes every caption: the empty one has to hold something too
 
 
 @dataclass
@@ -52,7 +53,8 @@ class CaptionBlock(nn.Module):
 
     def forward(self, x, mask):
         """x (B, M, E), mask (B, 1, 1, M) -> (B, M, E)."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, -1))
+        qkv = self.qkv(self.norm_1(x)).unflatten(-1, (3, -1, self.head_dim))      # (B, M, 3, nh, hd)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                      # (B, nh, M, hd) each
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)            # (B, nh, M, hd)
         x = x + self.proj(seen.transpose(1, 2).flatten(2))                        # (B, M, E)
         return x + self.fc2(F.gelu(self.fc1(self.norm_2(x))))
@@ -74,24 +76,22 @@ class CaptionEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)  # about 5 of them are summed
         nn.init.normal_(self.positions, std=0.5)
 
-    @classmethod
-    def from_config(cls, fields):
-        """From a dict of `CaptionConfig` fields; raises TypeError or ValueError for what is none."""
-        return cls(CaptionConfig(**fields))
-
     def tokenize(self, captions):
-        """List of B strings -> ids (B, M, P) int64 and mask (B, M), True where real; M is that of the longest, with its END.
+        """List of B strings -> ids (B, M, P) int64, mask (B, M), True where real; M: words of the longest, and its END.
 
         A word is what lies between spaces; how many spaces there are makes no difference.
         """
-        pieces = [[piece for word in caption.split() for piece in word_ids(word)][:self.config.max_words] for caption in captions]
-        rows = [torch.tensor([*words, [END] + [0] * (WORD_BYTES - 1)]) for words in pieces]  # B x (m, P)
+        rows = []
+        for caption in captions:
+            pieces = [piece for word in caption.split() for piece in word_ids(word)][:self.config.max_words]
+            rows.append(torch.tensor([*pieces, [END] + [0] * (WORD_BYTES - 1)]))  # (m, P)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B, M, P)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]        # (B, M)
-        return ids.to(self.positions.device), mask.to(self.positions.device)
+        # non_blocking: training does not wait for the GPU
+        return tuple(x.to(self.positions.device, non_blocking=True) for x in (ids, mask))
 
     def forward(self, ids, mask):
-        """ids (B, M, P), mask (B, M) -> states (B, M, E) and the mask. What is masked never changes the states of what is not."""
+        """ids (B, M, P), mask (B, M) -> states (B, M, E) and the mask. What is masked changes no state that is not."""
         x = (self.embedding(ids) * (ids > 0)[..., None]).sum(2)                   # (B, M, E)
         x = x + self.positions[:ids.shape[1]]                                     # (B, M, E)
         for block in self.blocks:
@@ -104,4 +104,5 @@ if __name__ == "__main__":
     ids, mask = encoder.tokenize(["red heart", "Größe", ""])
     for caption_ids, caption_mask in zip(ids.tolist(), mask.int().tolist()):
         print("mask", caption_mask, "ids", *caption_ids, sep="\n  ")
-    print("states", tuple(encoder(ids, mask)[0].shape), f"from {sum(p.numel() for p in encoder.parameters()):,} parameters")
+    count = sum(p.numel() for p in encoder.parameters())
+    print("states", tuple(encoder(ids, mask)[0].shape), f"from {count:,} parameters")

@@ -1,13 +1,13 @@
 """
-The image VAE (stage 0): pixels become a small latent grid, in which everything else of this repository works.
+The image VAE: pixels become a small latent grid, in which everything else of this repository works.
 
     images (B, 3, H, W) --Encoder--> mean | logvar (B, 2C, h, w) --sample--> · scaling_factor --> latents (B, C, h, w)
     in [-1, 1]                                                                                        |
     images (B, 3, H, W) <-------------------- Decoder <-------------------- / scaling_factor <--------+
 
 H = f·h with f = 2^(levels - 1). Paper: FlexTok, arXiv 2502.13967, uses the SD/SDXL autoencoder (LDM, arXiv 2112.10752)
-with f = 8 and C = 4, 8 or 16. Same modules, same key names as diffusers' AutoencoderKL, so its directories load here and
-ours load there. Difference: we leave out the perceptual (LPIPS) loss, which needs a downloaded network.
+with f = 8 and C = 4, 8 or 16. Same modules, same key names as diffusers' AutoencoderKL: its directories load here, and
+ours there. Difference: we leave out the perceptual (LPIPS) loss, which needs a downloaded network.
 
     python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU core, 2 minutes: 28 dB
     python vae.py --preset in1k --data /data/imagenet/train --out out/vae_in1k   # one GPU
@@ -15,9 +15,9 @@ ours load there. Difference: we leave out the perceptual (LPIPS) loss, which nee
 
 Letters: B batch, C latent channels, c feature channels, H W pixels, h w latent grid.             Next: model.py
 """
+import hashlib
 import math
 import os
-import time
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -25,25 +25,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Background, Log, StopRequest, UserError, autocast, check_range, claim_directory, clock, command,
-                    fill_with_average, from_cli, init_distributed, learning_rate, load_resume, load_tensors,
-                    load_weights, make_ema, provenance, read_json, save_resume, save_tensors, seed_step, snapshot,
-                    write_json)
-from images import psnr, save_grid, to_float
+from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, autocast, check_range, check_run, command,
+                    fill_with_average, from_cli, generator, init_distributed, learning_rate, load_tensors, load_weights,
+                    provenance, read_json, read_log, save_tensors, shipped, shown, write_json)
 from data import batches, open_data, spread
+from images import psnr, save_curves, save_grid, to_float
 
 # ---------------------------------------------------------------------------------------------------------------
 # The network
 
 
-# The channels of a pixel lie side by side in memory while the networks run: convolutions keep the order they are given. On a busy
-# CPU 1.1 to 1.4 times as fast at 16 to 96 channels; at 128 to 512 in float32, 0.9 (encode) and 1.15 (decode). On CUDA untested.
+# The channels of a pixel lie side by side in memory while the networks run; convolutions keep the order they are given.
+# On a CPU 1.1 to 1.4 times as fast at 16 to 96 channels; at 128 to 512, 0.9 (encode) and 1.15 (decode). CUDA: untested.
 CHANNELS_LAST = torch.channels_last
 
 
 @dataclass
 class VAEConfig:
-    """Shape of the VAE. Defaults are those of the official FlexTok VAEs, field names those of diffusers' config.json."""
+    """Shape of the VAE. Defaults are the official FlexTok VAEs', field names those of diffusers' config.json."""
     latent_channels: int = 16
     block_out_channels: tuple = (128, 256, 512, 512)  # feature channels of each level, finest first
     layers_per_block: int = 2
@@ -72,7 +71,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x):
         residual = self.conv1(norm_silu(self.norm1, x))
-        residual = norm_silu(self.norm2, residual)  # on a line of its own: what conv1 returned is then free before conv2 runs
+        residual = norm_silu(self.norm2, residual)  # a line of its own: what conv1 returned is free before conv2 runs
         residual = self.conv2(residual)
         residual += self.conv_shortcut(x)
         return residual
@@ -203,9 +202,10 @@ class Posterior:
     def std(self):
         return torch.exp(0.5 * self.logvar)
 
-    def sample(self, generator=None):
+    def sample(self, generator=None, noise=None):
         """mean + std · noise, (B, C, h, w); the gradient reaches both through this sum (reparametrisation)."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)    # (B, C, h, w)
         return self.mean + self.std * noise
 
     def kl(self):
@@ -214,7 +214,7 @@ class Posterior:
 
 
 class VAE(nn.Module):
-    """The autoencoder. `latents` and `decode` speak scaled latents; the scaling factor is applied here and nowhere else."""
+    """The autoencoder. `latents` and `decode` speak scaled latents; the scaling factor is applied nowhere else."""
 
     def __init__(self, config):
         super().__init__()
@@ -226,10 +226,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """For training from scratch, where PyTorch's own initial weights learn painfully slowly: 5 dB less after 160 steps."""
-        # Residual branches start at zero, so that at first the network is the linear path through all other convolutions,
+        """For training from scratch, where PyTorch's own initial weights learn slowly: 5 dB less after 160 steps."""
+        # Residual branches start at zero: at first the network is the linear path through all other convolutions,
         # and finds something like the principal components of patches before anything deeper. Each of those starts near
-        # an orthogonal matrix of the channels, pixel by pixel: nothing is blurred or lost on the way, in either direction.
+        # an orthogonal matrix of the channels, pixel by pixel: nothing is blurred or lost, in either direction.
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -250,7 +250,7 @@ class VAE(nn.Module):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> `Posterior`, unscaled. Raises ValueError for another shape, or if f does not divide a side."""
+        """images (B, 3, H, W) in [-1, 1] -> `Posterior`, unscaled. Raises ValueError for shapes that do not fit."""
         f = self.downsampling
         if images.dim() != 4:
             raise ValueError(f"images of shape {list(images.shape)}: expected (B, 3, H, W)")
@@ -270,20 +270,27 @@ class VAE(nn.Module):
         latents = (latents / self.config.scaling_factor).contiguous(memory_format=CHANNELS_LAST)
         return self.decoder(self.post_quant_conv(latents)).contiguous()
 
-    def forward(self, images, generator=None):
-        """images (B, 3, H, W) -> reconstructions (B, 3, H, W) float32 from a posterior sample, and the `Posterior`."""
+    def forward(self, images, noise):
+        """images (B, 3, H, W), noise (B, C, h, w) -> reconstructions (B, 3, H, W) of a sample, and the `Posterior`."""
         posterior = self.encode(images)
-        latents = self.config.scaling_factor * posterior.sample(generator)            # (B, C, h, w)
+        latents = self.config.scaling_factor * posterior.sample(noise=noise)          # (B, C, h, w)
         return self.decode(latents).float(), posterior
 
-    def save_pretrained(self, directory, dtype=torch.float32):
-        """Write config.json and diffusion_pytorch_model.safetensors, the directory that diffusers and we read."""
+    def fingerprint(self):
+        """A hash of all that decides an image's latents: the weights and the scale."""
+        digest = hashlib.sha256(repr(self.config.scaling_factor).encode())
+        for tensor in self.state_dict().values():
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())   # (bytes,)
+        return digest.hexdigest()
+
+    def save_pretrained(self, directory, dtype=torch.float32, **notes):
+        """Write diffusion_pytorch_model.safetensors and config.json (with `notes`): what diffusers and we read."""
         levels = len(self.config.block_out_channels)
-        write_json(os.path.join(directory, "config.json"), {
+        save_tensors(os.path.join(directory, "diffusion_pytorch_model.safetensors"), self.state_dict(), dtype)
+        write_json(os.path.join(directory, "config.json"), {  # last: it says that the model is whole
             "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
             "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **asdict(self.config)})
-        save_tensors(os.path.join(directory, "diffusion_pytorch_model.safetensors"), self.state_dict(), dtype)
+            **asdict(self.config), **notes})
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
@@ -291,6 +298,7 @@ class VAE(nn.Module):
 
         dtype: of the weights; None is as stored. Raises `UserError` if unfit.
         """
+        name = shipped(name)
         from extras.hub import find  # late: only who asks for a name of the hub needs it
         config_path, weights_path = find(name, "config.json", "diffusion_pytorch_model.safetensors")
         config = config_from_diffusers(read_json(config_path), config_path)
@@ -319,18 +327,20 @@ def config_from_diffusers(raw, where):
     counts = [values[name] for name in ("latent_channels", "layers_per_block", "norm_num_groups")]
     if not (isinstance(widths, (list, tuple)) and 0 < len(widths) <= 16
             and all(type(n) is int and 0 < n < 2**16 for n in [*widths, *counts]) and values["layers_per_block"] <= 64):
-        raise UserError(f"{where}: block_out_channels {widths} and latent_channels, layers_per_block, norm_num_groups {counts} "
-                        f"must be positive whole numbers, the first a list of them, and of sizes that a VAE can have")
+        raise UserError(f"{where}: block_out_channels {shown(widths)} and latent_channels, layers_per_block, "
+                        f"norm_num_groups {shown(counts)}: expected whole numbers above 0, the first a list")
     fixed = {"_class_name": ("AutoencoderKL",), "act_fn": ("silu", "swish"), "in_channels": (3,), "out_channels": (3,),
              "shift_factor": (None, 0.0), "latents_mean": (None,), "latents_std": (None,),
-             "down_block_types": (["DownEncoderBlock2D"] * len(widths),), "up_block_types": (["UpDecoderBlock2D"] * len(widths),)}
+             "down_block_types": (["DownEncoderBlock2D"] * len(widths),),
+             "up_block_types": (["UpDecoderBlock2D"] * len(widths),)}
     for name, allowed in fixed.items():
         if name in raw and raw[name] not in allowed:
-            raise UserError(f"{where}: {name} {raw[name]} is not supported, expected {allowed[0]}")
+            raise UserError(f"{where}: {name} {shown(raw[name])} is not supported, expected {shown(allowed[0])}")
     if any(c % values["norm_num_groups"] for c in widths):
-        raise UserError(f"{where}: norm_num_groups {values['norm_num_groups']} does not divide block_out_channels {list(widths)}")
+        raise UserError(f"{where}: norm_num_groups {values['norm_num_groups']} does not divide block_out_channels "
+                        f"{list(widths)}")
     if not isinstance(values["scaling_factor"], (int, float)) or not 0 < values["scaling_factor"] < math.inf:
-        raise UserError(f"{where}: scaling_factor {values['scaling_factor']}, expected a positive number")
+        raise UserError(f"{where}: scaling_factor {shown(values['scaling_factor'])}, expected a positive number")
     return VAEConfig(**values | {"block_out_channels": tuple(widths)})
 
 
@@ -357,51 +367,65 @@ def modern_names(tensors):
 
 @dataclass
 class VAETrainConfig:
-    """Stage 0: train the image VAE."""
-    data: str = "shapes"  # "shapes", "emoji", or a folder of images
-    out: str = "out/vae"  # directory of this run; VAE.from_pretrained opens it
-    image_size: int = 32  # side in pixels, a multiple of 2^(n - 1) at n levels
-    augment: bool = True  # random flips and crops, as the data set allows
-    latent_channels: int = 8  # C; more: better images, and a harder task for the flow model behind
+    """Train the image VAE."""
+    data: str = "shapes"         # shapes, emoji, or a folder of images
+    out: str = "out/vae"         # directory of this run; VAE.from_pretrained opens it
+    init: str = ""               # a trained VAE of these sizes to go on from; empty: random weights
+    image_size: int = 32         # side in pixels, a multiple of 2^(n - 1) at n levels
+    augment: bool = True         # random flips and crops, as the data set allows
+    latent_channels: int = 8     # C; more: better images, and a harder task for the flow model behind
     block_out_channels: tuple = (16, 32, 64)  # feature channels per level; n levels downsample by 2^(n - 1)
-    layers_per_block: int = 1  # residual blocks per level in the encoder; the decoder has one more
-    norm_num_groups: int = 8  # groups of GroupNorm, a divisor of all feature channels
-    batch_size: int = 8  # images per step, over all processes together
-    steps: int = 2000  # optimizer steps
-    lr: float = 1e-3  # peak learning rate
-    warmup: int = 50  # steps of linear warm-up, then cosine
-    kl_weight: float = 1e-4  # times the KL in nats per latent element (L1 is per pixel and colour)
-    gan_weight: float = 0.0  # strength of the patch discriminator; 0 turns it off
-    gan_start: int = 0  # step at which the discriminator enters
-    ema_decay: float = 0.998  # the average of the weights over about 1/(1 - decay) steps is what gets saved
-    grad_clip: float = 1.0  # largest gradient norm
-    seed: int = 0  # of the weights, the data order and the posterior noise
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # auto, bf16, fp32
-    workers: int = 0  # processes that read images
-    log_every: int = 50  # steps between log lines
-    eval_every: int = 1000  # steps between evaluations, each of which writes a checkpoint
-    resume: bool = False  # go on with the run in --out
+    layers_per_block: int = 1    # residual blocks per level in the encoder; the decoder has one more
+    norm_num_groups: int = 8     # groups of GroupNorm, a divisor of all feature channels
+    batch_size: int = 8          # images per step, over all processes together
+    steps: int = 2000            # optimizer steps
+    lr: float = 1e-3             # peak learning rate
+    warmup: int = 50             # steps of linear warm-up, then cosine
+    kl_weight: float = 1e-4      # times the KL in nats per latent element (L1 is per pixel and colour)
+    gan_weight: float = 0.0      # strength of the patch discriminator; 0 turns it off
+    gan_start: int = 0           # step at which the discriminator enters
+    ema_decay: float = 0.998     # the average of the weights over about 1/(1 - decay) steps is what gets saved
+    grad_clip: float = 1.0       # largest gradient norm
+    seed: int = 0                # of the weights, the data order and the posterior noise
+    device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"      # auto, bf16, fp32
+    workers: int = 0             # processes that read images
+    log_every: int = 50          # steps between log lines
+    eval_every: int = 1000       # steps between evaluations, each of which writes a checkpoint
+    resume: bool = False         # go on with the run in --out
+    stop_at: int = 0             # save and end after this step, as if interrupted; 0: never
 
 
 PRESETS = {
-    # One core of a small cloud machine (AVX512-BF16): a few minutes. Held-out PSNR 27.6 dB
-    "shapes32": dict(data="shapes", out="out/vae_shapes32", image_size=32, latent_channels=4, block_out_channels=(16, 32, 64),
-                     batch_size=8, steps=1500, lr=1e-3, warmup=50, kl_weight=1e-3, ema_decay=0.998),
-    # Two busy threads of it: 16 minutes. 48 numbers of an image become 1. Held-out PSNR 24.1 dB
-    "emoji64": dict(data="emoji", out="out/vae_emoji64", image_size=64, latent_channels=4, block_out_channels=(16, 32, 64, 96),
-                    batch_size=16, steps=2800, lr=1.5e-3, warmup=50, kl_weight=1e-3, ema_decay=0.999, eval_every=1400),
-    # ImageNet at 256 pixels, the official sizes, for GPUs with 80 GB. Not run here, PSNR not known; 8 H100:
-    # about half a day by arithmetic (2.7 TFLOP an image and step, forwards and back, 30 % of their peak). The paper's
-    # settings are not public either; kl_weight is LDM's 1e-6 (arXiv 2112.10752) in our normalisation, times 16/64/3.
-    "in1k": dict(data="data/imagenet/train", out="out/vae_in1k", image_size=256, latent_channels=16,
-                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, batch_size=64,
-                 steps=500_000, lr=1e-4, warmup=5000, kl_weight=1e-7, gan_weight=0.5, gan_start=50_000,
-                 ema_decay=0.9999, workers=12, log_every=100, eval_every=5000),
+    "shapes32": dict(  # one core of a small cloud machine, a few minutes: drawn scenes at 32 px, 27.6 dB held out
+        data="shapes", out="out/vae_shapes32", image_size=32, latent_channels=4, block_out_channels=(16, 32, 64),
+        batch_size=8, steps=1500, lr=1e-3, warmup=50, kl_weight=1e-3, ema_decay=0.998),
+    "emoji64": dict(   # two CPU cores, 16 minutes: emoji at 64 px, 48 numbers become 1, 24.1 dB held out
+        data="emoji", out="out/vae_emoji64", image_size=64, latent_channels=4, block_out_channels=(16, 32, 64, 96),
+        batch_size=16, steps=2800, lr=1.5e-3, warmup=50, kl_weight=1e-3, ema_decay=0.999, eval_every=1400),
+    # 2.7 TFLOP an image and step, forwards and back, at 30 % of the peak. The paper's settings are not public;
+    # kl_weight is LDM's 1e-6 (arXiv 2112.10752) in our normalisation, times 16/64/3.
+    "in1k": dict(      # ImageNet at 256 px, the official sizes: 8 H100, half a day by arithmetic (not run)
+        data="data/imagenet/train", out="out/vae_in1k", image_size=256, latent_channels=16,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, batch_size=64,
+        steps=500_000, lr=1e-4, warmup=5000, kl_weight=1e-7, gan_weight=0.5, gan_start=50_000,
+        ema_decay=0.9999, workers=12, log_every=100, eval_every=5000),
 }
+# may differ when a run is resumed
+RUN_FIELDS = ("resume", "stop_at", "out", "device", "precision", "workers", "log_every", "eval_every")
 
 
-RUN_FIELDS = ("resume", "out", "device", "precision", "workers", "log_every", "eval_every")  # may differ on resume
+def training_loss(model, images, noise, kl_weight):
+    """The VAE's loss, without the discriminator: images (b, 3, H, W), noise (b, C, h, w) -> loss, its parts.
+
+    Parts: reconstructions (b, 3, H, W), their mean L1 distance from the images, and the KL divergence in nats per
+    latent element, which keeps the latents near N(0, 1), where the noise of the flow model is.
+    """
+    # FORK: another objective, LPIPS say
+    reconstructions, posterior = model(images, noise)                             # (b, 3, H, W)
+    l1 = (reconstructions - images).abs().mean()
+    kl = posterior.kl().mean() / noise[0].numel()
+    return l1 + kl_weight * kl, reconstructions, l1, kl
 
 
 class PatchDiscriminator(nn.Module):
@@ -419,11 +443,11 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
     def forward(self, images):
-        return self.layers(images).float()                                            # (B, 1, H/8 - 2, W/8 - 2)
+        return self.layers(images).float()                                        # (B, 1, H/8 - 2, W/8 - 2)
 
 
 def adaptive_weight(l1, gan, last_layer):
-    """|grad l1| / |grad gan|, both at the decoder's last weights, clamped to [0, 1e4].          (VQGAN, arXiv 2012.09841, Eq. 7)
+    """|grad l1| / |grad gan| at the decoder's last weights, clamped to [0, 1e4].      (VQGAN, arXiv 2012.09841, Eq. 7)
 
     The two losses then pull equally hard on the image, whatever the discriminator's scale; `gan_weight` tilts that.
     """
@@ -433,150 +457,170 @@ def adaptive_weight(l1, gan, last_layer):
 
 
 def hinge_loss(logits):
-    """Discriminator's logits (2B, 1, ...), real images first -> mean of max(0, 1 - real) and max(0, 1 + fake), halved."""
-    real, fake = logits.chunk(2)                                                      # (B, 1, ...) each
+    """Discriminator's logits (2B, 1, ...), real images first -> mean of max(0, 1 - real) and of max(0, 1 + fake)."""
+    real, fake = logits.chunk(2)                                                  # (B, 1, ...) each
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 @torch.no_grad()
-def evaluate(vae, held_out, train, device, grid_path):
-    """Set the scaling factor from training images, then measure PSNR on held-out ones (each (n, 3, S, S)) and draw 8."""
-    # Latents must come out with a std of about 1, like the noise that the flow model mixes them with. It is the std of
-    # the posterior MEAN, over all images, channels and positions, because the mean is what `latents` gives by default.
-    means = torch.cat([vae.encode(images.to(device)).mean for images in train.split(32)])  # (n, C, h, w)
+def calibrate(vae, images, device):
+    """Set the scaling factor so that the latents of `images` (n, 3, S, S) have a std of 1, like the noise of the flow.
+
+    It is the std of the posterior MEAN, over all images, channels and positions: the mean is what `latents` gives.
+    """
+    means = torch.cat([vae.encode(part.to(device)).mean for part in images.split(32)])  # (n, C, h, w)
     vae.config.scaling_factor = 1 / means.std().item()
-    reconstructions = torch.cat([vae.decode(vae.latents(images.to(device))).cpu() for images in held_out.split(32)])
-    decibels = psnr(reconstructions, held_out)                                        # (n,)
-    save_grid(grid_path, [held_out[:8], reconstructions[:8]], [f"{value:.1f} dB" for value in decibels[:8].tolist()])
-    return {"held_out_psnr": decibels.mean().item(), "scaling_factor": vae.config.scaling_factor}
 
 
-def main(config):
-    """Train a VAE as `VAETrainConfig` says; returns the last log record, with held_out_psnr and steps_done. Raises `UserError`."""
-    # -- distributed ------------------------------------------------------------------------------------------
-    run = init_distributed(config.device)
-    check_range(config, 1, math.inf, "image_size", "batch_size", "steps", "log_every", "eval_every", "warmup")
-    check_range(config, 0, math.inf, "kl_weight", "gan_weight", "gan_start", "workers")
-    check_range(config, 0, 1, "lr", "ema_decay")
-    check_range(config, 1e-9, math.inf, "grad_clip")
-    check_range(config, 0, 2**31 - 1, "seed")
-    if config.batch_size % run.world:
-        raise UserError(f"--batch_size {config.batch_size} is not a multiple of the {run.world} processes")
-    vae_config = config_from_diffusers({f.name: getattr(config, f.name) for f in fields(VAEConfig) if hasattr(config, f.name)}
-                                       | {"scaling_factor": 1.0}, "VAETrainConfig")
-    if config.image_size % 2 ** (len(config.block_out_channels) - 1):
-        raise UserError(f"--image_size {config.image_size} is not a multiple of 2^(levels - 1) = "
-                        f"{2 ** (len(config.block_out_channels) - 1)}")
+@torch.no_grad()
+def evaluate(vae, held_out, device, path):
+    """Mean PSNR of held-out images (n, 3, S, S), and a picture of 8 of them."""
+    reconstructions = torch.cat([vae.decode(vae.latents(part.to(device))).cpu() for part in held_out.split(32)])
+    decibels = psnr(reconstructions, held_out)                                    # (n,)
+    save_grid(path, [held_out[:8], reconstructions[:8]], [f"{value:.1f} dB" for value in decibels[:8].tolist()])
+    return {"held_out_psnr": decibels.mean().item()}
+
+
+def check(config, run):
+    """Raise `UserError` for settings that cannot work, before anything is trained or written."""
+    check_run(config, run)
+    check_range(config, 1, math.inf, "image_size")
+    check_range(config, 0, math.inf, "kl_weight", "gan_weight", "gan_start")
+    vae_config_of(config)
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if config.image_size % factor:
+        raise UserError(f"--image_size {config.image_size} is not a multiple of 2^(levels - 1) = {factor}")
     if config.gan_weight > 0 and config.image_size < 24:
-        raise UserError(f"--image_size {config.image_size}: the patch discriminator needs 24 pixels or more; use --gan_weight 0")
+        raise UserError(f"--image_size {config.image_size}: the discriminator needs 24 pixels; use --gan_weight 0")
 
-    # -- data -------------------------------------------------------------------------------------------------
-    train = open_data(config.data, config.image_size, "train", augment=config.augment, seed=config.seed)
+
+def vae_config_of(config):
+    """The `VAEConfig` that a `VAETrainConfig` asks for, not calibrated yet. Raises `UserError` if it makes no VAE."""
+    sizes = {f.name: getattr(config, f.name) for f in fields(VAEConfig) if hasattr(config, f.name)}
+    return config_from_diffusers(sizes | {"scaling_factor": 1.0}, "these settings")
+
+
+def main(config, stage="", later=0.0):
+    """Train a VAE; returns the last evaluation's metrics, or {} if it was stopped (Ctrl-C, SIGTERM), after saving.
+
+    stage, later: see `Log`, if this is part of train_tokenizer.py. Raises `UserError` for settings that cannot work.
+    """
+    run = init_distributed(config.device)
+    check(config, run)
+    # before anything is written: it may not be there
+    dataset = open_data(config.data, config.image_size, "train", augment=config.augment, seed=config.seed)
+    with Checkpoints(config, RUN_FIELDS, run) as checkpoints:
+        return train(config, run, checkpoints, dataset, stage, later)
+
+
+def train(config, run, checkpoints, dataset, stage, later):
+    """The run itself; see `main`."""
+    # ---- data -------------------------------------------------------------------------------------------------
     held_out = spread(open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed), 256)
-    calibration = spread(train, 256)  # for the scaling factor
+    calibration = spread(dataset, 256)  # for the scaling factor
 
-    # -- model ------------------------------------------------------------------------------------------------
+    # ---- model ------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every process
-    vae = VAE(vae_config)
+    vae = VAE(vae_config_of(config))
     vae.init_weights()
-    vae = vae.to(run.device)
+    if config.init:
+        trained = VAE.from_pretrained(config.init)
+        if replace(trained.config, scaling_factor=1.0) != vae.config:
+            raise UserError(f"--init {config.init}: its VAE has other sizes than this run's")
+        vae.load_state_dict(trained.state_dict())
+    vae.to(run.device).train()
     critic = PatchDiscriminator().to(run.device)
-    ema = make_ema(vae, config.ema_decay)
-    wrapped, wrapped_critic = (DistributedDataParallel(m) if run.world > 1 else m for m in (vae, critic))
+    ema = Average(vae, config.ema_decay)
+    model, wrapped_critic = (DistributedDataParallel(m) if run.world > 1 else m for m in (vae, critic))
 
-    # -- optimizer --------------------------------------------------------------------------------------------
+    # ---- optimizer --------------------------------------------------------------------------------------------
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=1e-4)
-    parts = {"vae": vae, "critic": critic, "ema": ema, "optimizer": optimizer, "critic_optimizer": critic_optimizer}
 
-    # -- resume -----------------------------------------------------------------------------------------------
-    settings_path, resume_path = (os.path.join(config.out, name) for name in ("train.json", "resume.pt"))
-    claim_directory(config, read_json(settings_path)["config"] if os.path.exists(resume_path) else None, RUN_FIELDS, run)
-    if run.is_main and not config.resume:
-        write_json(settings_path, {"config": asdict(config), **provenance(run)})
-    start_step = 0
-    if config.resume:
-        state = load_resume(resume_path)
-        start_step = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        del state  # or a second copy of everything stays in memory
-    log, stop, background = Log(config.out, run, start_step), StopRequest(), Background()
-
-    def save(steps_done, metrics):
-        background.wait()  # one copy of everything at a time
-        state = snapshot({"step": steps_done, **{name: part.state_dict() for name, part in parts.items()}})
-        notes = {"config": asdict(config), "metrics": metrics, **provenance(run)}
+    # ---- resume -----------------------------------------------------------------------------------------------
+    def export(state):
         with torch.device("meta"):  # shapes without memory
-            averaged = VAE(replace(ema.module.config))
-        def write():
-            fill_with_average(averaged, state["ema"]).save_pretrained(config.out)
-            save_resume(resume_path, **state)
-            write_json(settings_path, notes)
-        background(write)
+            averaged = VAE(replace(vae.config, scaling_factor=state["metrics"]["scaling_factor"]))
+        fill_with_average(averaged, state["ema"]).save_pretrained(
+            config.out, train=asdict(config), step=state["step"], metrics=state["metrics"], **provenance(run))
 
-    # -- loop -------------------------------------------------------------------------------------------------
-    record, since, logged = {}, time.time(), start_step
-    stream = batches(train, config.batch_size, config.seed, run, start_step=start_step, workers=config.workers)
-    if run.is_main:
-        print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(train):,} images, latents "
-              f"{config.latent_channels} x {config.image_size // vae.downsampling}^2, {run.world} process(es) on {run.device}")
-    for step in range(start_step, config.steps):
-        lr = learning_rate(step, config.lr, config.warmup, config.steps)
-        for group in optimizer.param_groups + critic_optimizer.param_groups:
-            group["lr"] = lr
-        images = to_float(next(stream)[0]).to(run.device)                             # (b, 3, S, S), b = batch_size/world
-        seed_step(config.seed, step, run)  # for the posterior's noise
+    start, metrics = checkpoints.restore({"model": vae, "critic": critic, "ema": ema, "optimizer": optimizer,
+                                          "critic_optimizer": critic_optimizer}, export)
+    log, means, stop = Log(config.out, run, start, stage, config.steps, later), Means(5, run), StopRequest()
+    stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
+    side, C = config.image_size // vae.downsampling, config.latent_channels
+    log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {run.device}; {len(dataset):,} images of "
+            f"{config.image_size}² pixels become {C} x {side}²; {run.world} processes; steps {start} to {config.steps}")
 
-        with autocast(run.device, config.precision):
-            reconstructions, posterior = wrapped(images)                              # (b, 3, S, S)
-        l1 = (reconstructions - images).abs().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()  # nats per latent element
-        loss = l1 + config.kl_weight * kl
-        adversarial = config.gan_weight > 0 and step >= config.gan_start
-        if adversarial:
-            critic.requires_grad_(False)  # this pass teaches the VAE only
+    def evaluate_and_save(step, evaluating):
+        calibrate(ema.module, calibration, run.device)  # always: a VAE without its scale is another one
+        path = os.path.join(config.out, "reconstructions.png")
+        new = {"scaling_factor": ema.module.config.scaling_factor}
+        if evaluating and run.is_main:
+            new |= stop.unless_stopped(lambda: evaluate(ema.module, held_out, run.device, path)) or {}
+        if len(new) > 1:
+            log(step=step, **new)
+            save_curves(os.path.join(config.out, "curves.png"), read_log(config.out))
+        checkpoints.save(step, new)
+        log.reset(step)
+        return new
+
+    # ---- loop -------------------------------------------------------------------------------------------------
+    stopping = False
+    with stop:
+        if start == config.steps and "held_out_psnr" not in metrics:  # stopped in the last evaluation
+            metrics = evaluate_and_save(start, True)
+        for step in range(start, config.steps):
+            lr = learning_rate(step, config.lr, config.warmup, config.steps)
+            for group in optimizer.param_groups + critic_optimizer.param_groups:
+                group["lr"] = lr
+            images = to_float(next(stream)[0].to(run.device, non_blocking=True))  # (b, 3, S, S), b = batch_size / world
+            source = generator(run.device, config.seed, step, "posterior")
+            noise = torch.randn(config.batch_size, C, side, side, generator=source, device=run.device)  # (B, C, h, w)
+
+            adversarial = config.gan_weight > 0 and step >= config.gan_start
             with autocast(run.device, config.precision):
-                gan = -critic(reconstructions).mean()
-            loss = loss + config.gan_weight * adaptive_weight(l1, gan, vae.decoder.conv_out.weight) * gan
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
-        optimizer.step()
-        if adversarial:
-            critic.requires_grad_(True)
-            with autocast(run.device, config.precision):
-                critic_loss = hinge_loss(wrapped_critic(torch.cat([images, reconstructions.detach()])))
-            critic_optimizer.zero_grad()
-            critic_loss.backward()
-            critic_optimizer.step()
-        ema.update_parameters(vae)
-
-        last = step + 1 == config.steps or stop.agreed(run)
-        to_log, to_save = last or step % config.log_every == 0, last or (step + 1) % config.eval_every == 0
-        if run.is_main and (to_log or to_save) and not loss.isfinite():  # .item() waits for the device: not at every step
-            raise UserError(f"the loss is {loss.item()} at step {step}; use a lower --lr, or --precision fp32")
-        if run.is_main and to_log:
-            rate = (step + 1 - logged) * config.batch_size / (time.time() - since)
-            record = dict(step=step, l1=l1.item(), kl=kl.item(), psnr=psnr(reconstructions.detach(), images).mean().item(),
-                          lr=lr, grad_norm=grad_norm.item(), images_per_s=rate,
-                          eta=clock((config.steps - step - 1) * config.batch_size / rate))
+                mine = noise[run.part(config.batch_size)]                         # (b, C, h, w)
+                loss, reconstructions, l1, kl = training_loss(model, images, mine, config.kl_weight)
+                if adversarial:
+                    critic.requires_grad_(False)  # this pass teaches the VAE only
+                    gan = -critic(reconstructions).mean()
+                    loss = loss + config.gan_weight * adaptive_weight(l1, gan, vae.decoder.conv_out.weight) * gan
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
+            optimizer.step()
+            critic_loss, fooled = torch.zeros_like(l1), -gan if adversarial else torch.zeros_like(l1)
             if adversarial:
-                record |= {"gan": gan.item(), "critic": critic_loss.item()}
-            log(**record)
-            since, logged = time.time(), step + 1
-        if run.is_main and to_save:
-            measured = evaluate(ema.module.eval(), held_out, calibration, run.device, os.path.join(config.out, "reconstructions.png"))
-            log(step=step, **measured)
-            record |= measured | {"steps_done": step + 1}
-            save(step + 1, dict(record))
-            since, logged = time.time(), step + 1
-        if last:
-            break
-    background.wait()
-    stop.release()
-    return record
+                critic.requires_grad_(True)
+                with autocast(run.device, config.precision):
+                    critic_loss = hinge_loss(wrapped_critic(torch.cat([images, reconstructions.detach()])))
+                critic_optimizer.zero_grad()
+                critic_loss.backward()
+                critic_optimizer.step()
+            ema.update_parameters(vae)
+            decibels = psnr(reconstructions.detach(), images).mean()
+            means.add(torch.stack([l1, kl, decibels, critic_loss, fooled]), torch.ones(5, device=run.device))
+
+            done = step + 1
+            stopping = stop.agreed(run) or done == config.stop_at
+            evaluating = not stopping and (done % config.eval_every == 0 or done == config.steps)
+            if stopping or evaluating or done % config.log_every == 0:
+                l1, kl, decibels, critic_loss, fooled = means.take()
+                norm = checkpoints.finite(done, l1 + kl, grad_norm)
+                critics = {"critic": critic_loss, "critic_of_fakes": fooled} if adversarial else {}
+                log.training(done, config.batch_size, loss=l1 + config.kl_weight * kl, l1=l1, kl=kl, psnr=decibels,
+                             lr=lr, grad_norm=norm, **critics)
+            if stopping or evaluating:
+                metrics = evaluate_and_save(done, evaluating)
+            if stopping:
+                break
+        checkpoints.wait()
+        if stopping or stop.agreed(run):
+            log.say(f"stopped after step {log.logged}; go on with --resume")
+            return {}
+    return metrics
 
 
 if __name__ == "__main__":
-    command(main, from_cli(VAETrainConfig, PRESETS))
+    command(main, from_cli(VAETrainConfig, PRESETS, needs_preset=True))

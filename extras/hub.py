@@ -1,5 +1,5 @@
 """
-The Hugging Face hub: names of checkpoints become files, from the same cache on disk as huggingface_hub's, over requests.
+The Hugging Face hub: names of checkpoints become files, from the same cache as huggingface_hub's, over requests.
 
     "owner/name" --find--> (path of its config, path of its weights), downloaded if they are not in the cache
 
@@ -10,14 +10,20 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager
 
 import requests
 
-from common import UserError, replacing
+from common import UserError, locked, replacing, shown
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 RETRY_SECONDS = 1.0
+
+
+def is_hub_name(name):
+    """Whether `name` is to be asked of the hub: owner/name, and no path here: nothing begins with a folder of ours."""
+    name = os.fspath(name)
+    owner = name.split("/")[0]
+    return bool(HUB_NAME.fullmatch(name)) and owner not in ("out", "assets") and not os.path.exists(owner)
 
 
 def find(name, config_file, weights_file):
@@ -25,15 +31,14 @@ def find(name, config_file, weights_file):
     name = os.fspath(name)
     if os.path.isfile(name):
         return os.path.join(os.path.dirname(name), config_file), name
-    if not os.path.isdir(name) and HUB_NAME.fullmatch(name):
+    if is_hub_name(name):
         try:
             return hub_file(name, config_file), hub_file(name, weights_file)
         except UserError as error:
             raise UserError(f"{name}: not a file or directory here; {error}") from None
-    config_path = os.path.join(name, config_file)
     if not os.path.isdir(name):
-        raise UserError(f"{config_path}: there is no directory {name}, nor is that a name on the hub (owner/name)")
-    return config_path, os.path.join(name, weights_file)
+        raise UserError(f"there is no directory {shown(name)[1:-1]}, nor is that a name on the hub (owner/name)")
+    return os.path.join(name, config_file), os.path.join(name, weights_file)
 
 
 def cache_directory():
@@ -46,27 +51,28 @@ def cache_directory():
 def hub_file(repository, file):
     """A file of a hub repository -> its path in the cache, downloaded if it is not there. Raises `UserError`.
 
-    models--OWNER--NAME/ refs/main (the commit's name)   blobs/ETAG (the contents)   snapshots/COMMIT/FILE -> ../../blobs/ETAG
+    models--OWNER--NAME/ refs/main (the commit's name)   blobs/ETAG (the contents)
+                         snapshots/COMMIT/FILE -> ../../blobs/ETAG
+    Where there are no links, the contents are moved to snapshots/COMMIT/FILE, as huggingface_hub does.
     """
     cache, folder = cache_directory(), "models--" + repository.replace("/", "--")
     reference = os.path.join(cache, folder, "refs", "main")
     commit = open(reference).read().strip() if os.path.isfile(reference) else ""
     path = os.path.join(cache, folder, "snapshots", commit or "none", file)
-    if os.path.exists(path):
+    if os.path.isfile(path):  # False for a link whose blob was deleted
         return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"{repository}: {file} is not in the cache {cache}, and HF_HUB_OFFLINE forbids downloading it")
     # the commit that is here already, if any: config and weights must belong together
-    commit, etag, size, url = hub_header(repository, file, "main" if commit in ("", no_commit(repository)) else commit)
+    commit, etag, size, url = hub_header(repository, file, commit or "main")
     blob = os.path.join(cache, folder, "blobs", etag)
     path = os.path.join(cache, folder, "snapshots", commit, file)
     try:
-        with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):
-            if not os.path.isfile(blob):
+        with locked(os.path.join(cache, ".locks", folder, etag + ".lock")):  # the others wait, then find the file
+            if not os.path.isfile(blob) and not os.path.isfile(path):
                 fetch(url, blob, etag, size, f"{repository}/{file}")
-            if not os.path.exists(path):
-                with replacing(path) as temporary:
-                    os.symlink(os.path.relpath(blob, os.path.dirname(path)), temporary)
+            if not os.path.isfile(path):
+                place(blob, path)
             if not os.path.isfile(reference):
                 with replacing(reference) as temporary, open(temporary, "w") as out:
                     out.write(commit)
@@ -75,110 +81,111 @@ def hub_file(repository, file):
     return path
 
 
+def place(blob, path):
+    """Put a link to `blob` at `path`, or `blob` itself where there are no links."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.lexists(path):  # a link whose blob was deleted
+        os.remove(path)
+    try:
+        os.symlink(os.path.relpath(blob, os.path.dirname(path)), path)
+    except OSError:  # exFAT, some network drives, Windows without developer mode
+        os.replace(blob, path)
+
+
 def hub_header(repository, file, revision):
     """Ask the hub for (commit, etag, size, address) of a file, without its contents. Raises `UserError`."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repository}/resolve/{revision}/{file}"
     for _ in range(5):  # redirects
-        answer = ask("HEAD", url, allow_redirects=False)  # the hub's own answer has the headers, not the storage behind it
+        # the hub's own answer has the headers, not the storage behind it
+        answer = ask("HEAD", url, allow_redirects=False)
         moved = answer.headers.get("Location", "")
         if answer.status_code not in (301, 302, 307, 308) or not moved.startswith("/"):
             break
         url = endpoint + moved  # the repository has another name now
     if answer.status_code in (401, 403):
-        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: accept its licence "
-                        f"at {endpoint}/{repository} and put your access token into HF_TOKEN")
+        raise UserError(f"{repository}: the hub answered {answer.status_code}: it does not exist, or it is gated: "
+                        f"accept its licence at {endpoint}/{repository} and put a valid access token into HF_TOKEN")
     if answer.status_code >= 400:
         raise UserError(f"{repository}: the hub answered {answer.status_code} for {file} at {url}")
-    commit, etag = answer.headers.get("X-Repo-Commit", ""), answer.headers.get("X-Linked-Etag") or answer.headers.get("ETag", "")
-    etag, size = etag.removeprefix("W/").strip('"'), answer.headers.get("X-Linked-Size") or answer.headers.get("Content-Length", "")
+    headers = answer.headers
+    commit, etag = headers.get("X-Repo-Commit", ""), headers.get("X-Linked-Etag") or headers.get("ETag", "")
+    etag, size = etag.removeprefix("W/").strip('"'), headers.get("X-Linked-Size") or headers.get("Content-Length", "")
     if not size.isdecimal():
         raise UserError(f"{url}: the server does not say how long the file is")
-    # These become names of files, so they have to look like the hub's own. A plain file server has none: we make some up.
-    if re.fullmatch(r"[0-9a-f]{40}", commit):
-        url = f"{endpoint}/{repository}/resolve/{commit}/{file}"
-    else:
-        commit = no_commit(repository)
+    # These become names of files, so they have to look like the hub's own. A plain file server has none.
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        commit = "main"
+    url = f"{endpoint}/{repository}/resolve/{commit}/{file}"
     if not re.fullmatch(r"[\w-]{1,128}", etag, re.ASCII):
         etag = "other-" + hashlib.sha1(f"{url} {etag} {size}".encode()).hexdigest()
     return commit, etag, int(size), url
 
 
-def no_commit(repository):
-    """Stands for the commit of a repository on a server that does not name it."""
-    return hashlib.sha1(repository.encode()).hexdigest()
-
-
 def ask(method, url, headers={}, **options):
-    """requests.request, with the token if there is one and without compression; no connection raises `UserError`."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {}), **headers}
+    """requests.request, with HF_TOKEN if there is one and without compression; no connection raises `UserError`.
+
+    A token that is refused is left out: with an expired one, the hub refuses even what is public.
+    """
+    # auth: whatever it is, it keeps requests from sending what ~/.netrc says of this host in place of the token
+    options |= {"timeout": (10, 30), "auth": lambda request: request}
+    headers = {"Accept-Encoding": "identity", **headers}
     try:
-        return requests.request(method, url, headers=headers, timeout=(10, 30), **options)
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            answer = requests.request(method, url, headers=headers | {"Authorization": f"Bearer {token}"}, **options)
+            if answer.status_code != 401:
+                return answer
+            answer.close()
+        return requests.request(method, url, headers=headers, **options)
     except (requests.RequestException, ValueError) as error:
-        raise UserError(f"{url}: cannot be reached ({type(error).__name__}); if this machine is offline, copy the files here and "
-                        f"name their directory") from None
-
-
-@contextmanager
-def locked(path):
-    """Hold a lock file: of several processes that want the same file, one downloads it and the others wait."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-        except ImportError:  # Windows
-            pass
-        yield
+        raise UserError(f"{url}: cannot be reached ({type(error).__name__}); if this machine is offline, copy the "
+                        f"files here and name their directory") from None
 
 
 def fetch(url, path, etag, size, label):
-    """Download `size` bytes to `path`, going on where an earlier attempt broke off; they must have the digest that is their etag."""
-    part, failures, problem = path + ".incomplete", 0, ""
+    """Download `size` bytes to `path`, going on where an earlier attempt broke off; their digest must be their etag."""
+    part, failures = path + ".incomplete", 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
     open(part, "ab").close()
     if os.path.getsize(part) > size:
         os.truncate(part, 0)
     while (have := os.path.getsize(part)) < size:
-        if failures == 5:
-            raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again to go on from there")
-        problem = "closed too early"
         try:
-            with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
-                if answer.status_code == 200 and have:  # no ranges here
-                    os.truncate(part, 0)
-                resumes = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-                if answer.status_code != 200 and not resumes:
-                    problem = f"the server answered {answer.status_code}"
-                else:
-                    receive(answer, part, size, label)
-        except requests.RequestException as error:
+            problem = receive(url, part, have, size, label)
+        except (requests.RequestException, UserError) as error:  # broken off; no connection
             problem = type(error).__name__
-        except UserError:
-            problem = "no connection"
         if os.path.getsize(part) <= have:
             failures += 1
+            if failures == 5:
+                raise UserError(f"{label}: the connection broke at {have:,} of {size:,} bytes ({problem}); run again "
+                                f"to go on from there")
             time.sleep(RETRY_SECONDS * failures)
-    digest = file_digest(part, etag)
-    if os.path.getsize(part) != size or digest not in (None, etag):
+    if os.path.getsize(part) != size or file_digest(part, etag) not in (None, etag):
         os.remove(part)
-        raise UserError(f"{label}: what arrived is not the file (its digest or length is wrong); nothing was kept, try again")
+        raise UserError(f"{label}: what arrived is not the file (its digest or length is wrong); nothing was kept, try "
+                        f"again")
     os.replace(part, path)
 
 
-def receive(answer, part, size, label):
-    """Append the answer's bytes to `part`, with one line of progress; stops as soon as there are more than `size`."""
-    with open(part, "ab") as file:
-        shown_at = 0.0
-        for chunk in answer.iter_content(2**16):  # if the connection breaks, the chunk under way is lost
-            file.write(chunk)
-            have = file.tell()
-            if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
-                print(f"\r{label}: {have / 1e6:,.0f} of {size / 1e6:,.0f} MB", end="\n" if have >= size else "", file=sys.stderr, flush=True)
-                shown_at = time.time()
-            if have > size:
-                return
+def receive(url, part, have, size, label):
+    """Ask for what is behind the first `have` bytes and append it to `part`, with one line of progress; stops as soon
+    as there are more than `size`. Returns what went wrong if nothing came."""
+    with ask("GET", url, {"Range": f"bytes={have}-"} if have else {}, stream=True) as answer:
+        goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if answer.status_code != 200 and not (answer.status_code == 206 and goes_on):
+            return f"the server answered {answer.status_code}"
+        with open(part, "ab" if answer.status_code == 206 else "wb") as file:  # 200: from the beginning
+            shown_at = 0.0
+            for chunk in answer.iter_content(2**16):  # if the connection breaks, the chunk under way is lost
+                file.write(chunk)
+                have = file.tell()
+                if size > 2**22 and (time.time() > shown_at + 0.5 or have >= size):
+                    print(f"\r{label}: {have / 1e6:,.0f} of {size / 1e6:,.0f} MB", end="\n" if have >= size else "",
+                          file=sys.stderr, flush=True)
+                    shown_at = time.time()
+                if have > size:
+                    break
+    return "closed too early"
 
 
 def file_digest(path, etag):
@@ -190,5 +197,3 @@ def file_digest(path, etag):
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
-
-

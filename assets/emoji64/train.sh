@@ -1,5 +1,7 @@
 #!/bin/sh
-# How the weights in this folder were made, on two threads of a cloud CPU: run it in the repository's folder. Times are in README.md.
+# History: runs on the code of commit 559a724 only (git checkout 559a724), as some of its flags (few_power, plain_k) are gone.
+# How the weights in this folder were made, on two threads of a cloud CPU: run it in the repository's folder. Times are in
+# RESULTS.md.
 set -e
 mean() {  # mean A B SHARE OUT: the weights of A, moved by this share of the way towards those of B
     python - "$@" <<'END'
@@ -12,9 +14,9 @@ for weight, its in zip(tokenizer.parameters(), other.parameters()):
 tokenizer.save_pretrained(out)
 END
 }
-# stage 0
+# the VAE
 python vae.py --preset emoji64
-# stage 1: all tokens first, then more weight on few; the decoder alone, twice; both again, a third of the views not augmented;
+# the tokenizer: all tokens first, then more weight on few; the decoder alone, twice; both again, a third of the views not augmented;
 # and from there on the decoder alone: on the images as they are; on two processes, with few tokens most of the time (g); so that
 # one or two tokens of any view learn the plain image (v). (In the first four the shipped weights saw augmented views only; g
 # began from f's weights in 16 bits, and in it the encoder too saw the plain image wherever the decoder was to paint it.) g paints
@@ -57,7 +59,7 @@ import torch
 from model import FlexTok
 FlexTok.from_pretrained("out/emoji64-p").save_pretrained("assets/emoji64", torch.float16, sampling={"guidance_scale": 3.0})
 END
-# stage 2
+# the prior
 python train_ar.py --preset emoji64-cpu
 python - <<'END'
 import torch

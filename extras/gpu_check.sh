@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Is all well on this machine's GPU? One command, 8 minutes at most; nothing is downloaded:
+#     bash extras/gpu_check.sh                                            # everything
+#     PARTS=train LIMIT=240 PRESET=emoji64 bash extras/gpu_check.sh       # 4 minutes of training alone
+#     DEVICE=cpu QUICK=1 bash extras/gpu_check.sh                         # tries this script itself, without a GPU
+# Parts, in this order:
+#   parity   CPU against GPU: every attention kernel forwards and backwards, tokens, images, prior, gradients
+#   runs     all trainers and sample.py for a few steps each: saved, resumed, compiled, under torchrun
+#   watch    15 training steps of PRESET and of d12-d12: time, how much of it the GPU worked, launches, waits, memory
+#   bench    extras/bench.py, short
+#   train    as much of PRESET as fits the time that is left, and its weights
+# Writes $OUT (out/gpu_check): report.txt, logs.tar.gz, picture.png, config.json, weights in 16 bits in parts of 15 MB
+# (together again: cat weights.* > model.safetensors).
+# A good report ends in "all is well". Under watch, busy_ms should be near ms: else the GPU waits for Python.
+set -u
+cd "$(dirname "$0")/.."
+LIMIT=${LIMIT:-480} DEVICE=${DEVICE:-cuda} QUICK=${QUICK:-} OUT=${OUT:-out/gpu_check} P=${PYTHON:-python} W=$(mktemp -d)
+PARTS=${PARTS:-parity runs watch bench train} PRESET=${PRESET:-emoji64${QUICK:+-cpu}} GPUS=1
+export PYTHONUNBUFFERED=1
+[ "$DEVICE" = cpu ] && export OMP_NUM_THREADS=1 || GPUS=$(nvidia-smi -L | wc -l)
+left() { echo $((LIMIT - SECONDS)); }
+say() { echo "[$SECONDS s] $*" | tee -a "$OUT/report.txt"; }
+step() {  # step NAME SECONDS LINES command...: at most so many seconds; reports how it ended, and its last lines
+  local name=$1 most=$2 lines=$3 start=$SECONDS how=ok; shift 3
+  [ "$most" -gt "$(left)" ] && most=$(left)
+  [ "$most" -lt 5 ] && { say "$name: skipped, no time is left"; return 1; }
+  timeout -k 30 "$most" "$@" > "$W/$name.log" 2>&1 || { how="FAILED, code $?" lines=12; echo "$name" >> "$FAILED"; }
+  say "$name: $how, $((SECONDS - start)) s"
+  tail -n "$lines" "$W/$name.log" | cut -c1-500 | tee -a "$OUT/report.txt"
+  [ "$how" = ok ]
+}
+FAILED=$W/failed; mkdir -p "$OUT" && : > "$OUT/report.txt" && rm -f "$OUT"/weights.*
+say "$(nproc --all) CPUs; $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2> /dev/null)"
+step vae_shipped 60 0 $P -c "from model import FlexTok
+FlexTok.from_pretrained('assets/emoji64').vae.save_pretrained('$W/vae')"
+[[ $PARTS == *parity* ]] && step parity 120 40 $P -m extras.gpu_check parity "$DEVICE"
+
+ALL="--device $DEVICE --log_every 4 --steps 12 --warmup 2"
+T="train_tokenizer.py --preset emoji64-cpu $ALL --vae $W/vae --cache_latents 0 --batch_size 32 --eval_images 4"
+A="$P train_ar.py --preset emoji64-cpu $ALL --batch_size 32 --eval_images 8 --out $W/prior"
+V="$P vae.py --preset emoji64 $ALL --gan_weight 0.5 --gan_start 4 --out $W/v"
+S="--n 2 --device $DEVICE --timesteps 4 --out $W"
+COMPILE=$($P train_tokenizer.py --help | grep -o -- "--compile[a-z_]*" | head -n 1)
+tokenizers() {
+  step tokenizer 120 1 $P $T --out "$W/t1" --workers 2 --stop_at 6 &&
+    step tokenizer_resumed 120 1 $P $T --out "$W/t1" --resume --checkpoint_blocks --micro_batch 8
+  [ "$QUICK" ] || [ -z "$COMPILE" ] || step tokenizer_compiled 180 1 $P $T --out "$W/t2" "$COMPILE"
+  step torchrun 120 1 $P -m torch.distributed.run --standalone --nproc_per_node "$GPUS" $T --out "$W/t3"
+}
+others() {
+  step vae 120 1 $V && step vae_resumed 90 1 $V --resume
+  step prior 120 1 $A --workers 2 --stop_at 6 && step prior_resumed 120 1 $A --resume --micro_batch 16
+  step generate 90 1 $P sample.py generate --text "red heart" $S/generate.png
+  step reconstruct 90 6 $P sample.py reconstruct $S/reconstruct.png
+}
+[[ $PARTS == *runs* ]] && { tokenizers & others & wait; }
+
+RUN="train_tokenizer.py --device $DEVICE --vae $W/vae --preset $PRESET --eval_images 16 --eval_timesteps 5"
+RUN+=${QUICK:+ --batch_size 8 --cache_latents 0}
+WATCH="$P -m extras.gpu_check watch $RUN --steps 22 --warmup 2 --log_every 100 --autoencoder_share 0"
+B="$P -m extras.bench --device $DEVICE --precision bf16 --train_batch 32"
+[[ $PARTS == *watch* || $PARTS == *train* ]] && step "watch_$PRESET" 120 1 $WATCH --out "$W/w1"
+[[ $PARTS == *watch* ]] && [ -z "$QUICK" ] &&  # with the small VAE: it is the transformers that are watched
+  step watch_d12-d12 120 1 $WATCH --preset d12-d12 --data emoji --batch_size 64 --out "$W/w2"
+B+=${QUICK:+ --preset tiny --repeats 1 --no-peak_memory}
+[[ $PARTS == *bench* ]] && step bench 90 8 $B detokenize tokenize train
+if [[ $PARTS == *bench* ]] && [ -z "$QUICK" ]; then
+  step bench_compiled 120 3 $B detokenize train --ks 16 --compile
+  step bench_generate 60 3 $B generate --size 85M --generate_batches 1 64 --length 64 --compile
+fi
+if [[ $PARTS == *train* ]]; then  # `watch` timed a step; 70 s are for filling the cache, evaluating and packing
+  MS=$(tail -n 1 "$W/watch_$PRESET.log" | grep -o '"ms": [0-9]*' | grep -o '[0-9]*$' || echo 1000)
+  STEPS=$((900 * ($(left) - 70) / (MS + 1)))
+  [ -z "$QUICK" ] && [ "$STEPS" -gt 20 ] || STEPS=20
+  step train $(($(left) - 30)) 3 timeout -s TERM $(($(left) - 45)) $P $RUN --out "$W/run" --steps "$STEPS" \
+    --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2))
+  cp "$(find "$W/run" -name "step*.png" | sort | tail -n 1)" "$OUT/picture.png"
+  step weights 30 0 $P -c "import torch; from model import FlexTok
+trained = FlexTok.from_pretrained('$W/run')
+trained.save_pretrained('$OUT', torch.float16, **trained.notes)"
+  [ -f "$OUT/model.safetensors" ] && split -b 15M "$OUT/model.safetensors" "$OUT/weights."
+  rm -f "$OUT/model.safetensors"
+fi
+[ -f "$FAILED" ] && say "FAILED: $(tr '\n' ' ' < "$FAILED")" || say "all is well"
+tar -C "$W" -czf "$OUT/logs.tar.gz" $(cd "$W" && ls ./*.log)
+[ ! -f "$FAILED" ]; code=$?
+rm -rf "$W"
+exit $code
