@@ -411,6 +411,13 @@ def replacing(path):
             os.remove(temporary)
 
 
+def sweep(directory, name=""):
+    """Remove what killed processes left half-written of the files in `directory` whose names begin with `name`."""
+    for leftover in os.listdir(directory or "."):
+        if leftover.startswith(name) and re.search(r"\.tmp\d+$", leftover):
+            os.remove(os.path.join(directory, leftover))
+
+
 @contextmanager
 def locked(path, what=None):
     """Hold the lock file `path` for this process. If another one holds it, raise `UserError(what)`, or wait if None.
@@ -582,6 +589,11 @@ def check_run(config, run):
         print(f"--warmup {config.warmup} is longer than --steps {config.steps}: --lr is never reached", flush=True)
 
 
+def evaluation_due(config, step):
+    """Whether a run is evaluated after `step` steps: every --eval_every, and at the end."""
+    return step > 0 and step % config.eval_every == 0 or step == config.steps
+
+
 class Checkpoints:
     """The directory of a run, which holds a whole state to go on from at any moment, whatever kills the process.
 
@@ -603,7 +615,7 @@ class Checkpoints:
             raise UserError(f"--out {config.out}: already holds a model; name another directory")
         if config.resume and has_model and not has_run:
             raise UserError(f"--resume: the resume.pt of {config.out} is gone, without which there is no going on")
-        if config.resume and not os.path.isdir(config.out):
+        if config.resume and not os.path.exists(os.path.join(config.out, "lock")):
             raise UserError(f"--resume: there is no run in {config.out}")
         if config.resume and not has_run and run.is_main:
             print(f"{config.out}: nothing was saved yet, so this starts at step 0", flush=True)
@@ -626,9 +638,7 @@ class Checkpoints:
             out = self.config.out
             self.lock = locked(os.path.join(out, "lock"), f"--out {out}: another process trains there")
             self.lock.__enter__()
-            for name in os.listdir(out):
-                if re.search(r"\.tmp\d+$", name):
-                    os.remove(os.path.join(out, name))
+            sweep(out)
         return self
 
     def __exit__(self, *error):
@@ -729,6 +739,10 @@ def load_resume(path):
     for name, kind in types.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise UserError(f"{path}: is no resume file of a run (its {name} is missing or damaged)")
+    try:
+        json.dumps([state["settings"], state["metrics"]])
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: is no resume file of a run (its settings or metrics are no plain values)") from None
     return state
 
 
@@ -810,11 +824,12 @@ class StopRequest:
 
     def agreed(self, run):
         """Whether any process was asked to stop: all must leave the loop at the same step."""
-        if run.world == 1:
-            return self.requested
-        flag = torch.tensor(float(self.requested))  # on the CPU, over gloo: no GPU is waited for
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return flag.item() > 0
+        if run.world > 1:
+            flag = torch.tensor(float(self.requested))  # on the CPU, over gloo: no GPU is waited for
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if flag.item() > 0:
+                self.requested = True
+        return self.requested
 
 
 class Means:

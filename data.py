@@ -31,7 +31,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from common import Run, UserError, barrier, clock, locked, read_json, replacing, shown, write_json
+from common import Run, UserError, barrier, clock, locked, read_json, replacing, shown, sweep, write_json
 from images import fit, opened, read_image, save_grid, to_float
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
@@ -598,6 +598,7 @@ class Cached:
             self.state = state
         barrier(self.run)  # all have looked
         if self.run.is_main and not os.path.exists(self.state_path):
+            sweep(*os.path.split(self.path))
             with replacing(self.path) as temporary:
                 store = np.lib.format.open_memmap(temporary, "w+", self.dtype, self.shape)
                 if hasattr(os, "posix_fallocate"):  # a memory map of a file with holes would kill us on a full disk

@@ -1767,7 +1767,8 @@ def test_stage_0_runs_first_if_no_vae_is_named_and_goes_on_after_a_stop(tmp_path
         agreed, calls = vae_module.StopRequest.agreed, []
         with monkeypatch.context() as patch:  # Ctrl-C while the VAE trains
             patch.setattr(vae_module.StopRequest, "agreed",
-                          lambda stop, run: calls.append(1) or len(calls) == stop_in or agreed(stop, run))
+                          lambda stop, run: calls.append(1) or len(calls) == stop_in and setattr(
+                              stop, "requested", True) or agreed(stop, run))
             assert train(tmp_path / f"run{stop_in}", "", vae_preset="small", steps=2) == {}
         assert not (tmp_path / f"run{stop_in}/config.json").exists()
         assert "stopped within stage 1" in capsys.readouterr().out
@@ -1973,6 +1974,38 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(tmp_path, 
     assert not list((tmp_path / "run").glob("*.tmp*"))
 
 
+@pytest.mark.parametrize("name", ["settings", "metrics"])
+def test_a_tensor_in_the_settings_of_a_resume_file_is_refused(tmp_path, name):
+    whole = {"settings": {}, "step": 1, "metrics": {}, "model": {}, "ema": {}}
+    torch.save({**whole, name: {"lr": torch.zeros(3)}}, tmp_path / "resume.pt")
+    with pytest.raises(UserError, match="resume.pt: is no resume file"):
+        common.load_resume(str(tmp_path / "resume.pt"))
+
+
+@pytest.mark.parametrize("at", [2, 4])  # 4 is the last step
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_run_stopped_at_an_evaluation_makes_up_for_it(tmp_path, tiny_vae, monkeypatch, at, when):
+    settings = dict(steps=4, eval_every=2)
+    whole = train(tmp_path / "whole", tiny_vae, **settings)
+    if when == "before":
+        assert train(tmp_path / "run", tiny_vae, **settings, stop_at=at) == {}
+    else:
+        evaluate, calls = train_tokenizer.evaluate, []
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == at // 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(train_tokenizer, "evaluate", interrupted)
+            assert train(tmp_path / "run", tiny_vae, **settings) == {}
+    assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == at
+    assert train(tmp_path / "run", tiny_vae, **settings, resume=True) == whole
+    first, second = ([{**record, "images_per_s": 0, "eta": 0} for record in common.read_log(str(tmp_path / name))]
+                     for name in ("whole", "run"))
+    assert first == second
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_log_line_that_cannot_be_written_names_the_file(tmp_path):
     log = common.Log(str(tmp_path), Run(torch.device("cpu")))
@@ -2107,7 +2140,7 @@ def test_a_process_killed_at_any_replacement_of_a_file_can_be_gone_on_with(tmp_p
     replace, seen = os.replace, []
     monkeypatch.setattr(os, "replace", lambda *paths: (seen.append(paths[1]), replace(*paths)))
     start(tmp_path / "whole")
-    for n in (n for n, path in enumerate(seen) if not path.endswith(".png")):
+    for n in [n for n, path in enumerate(seen) if not path.endswith(".png")]:
         for after in (False, True):
             out, calls = tmp_path / f"{n}{after}", []
             class Killed(BaseException):

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
 from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, attention_kernel, autocast, check_range,
-                    check_run, command, fill_with_average, from_cli, generator, init_distributed, learning_rate,
-                    provenance, read_log, seed_step, shipped)
+                    check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
+                    learning_rate, provenance, read_log, seed_step, shipped)
 from data import Cached, Shapes, batches, get_readable, open_data
 from evaluate import GROUPS, held_out_loss, sample_grid
 from images import save_curves, save_grid, to_float
@@ -351,9 +351,8 @@ def train(config, run, checkpoints, tokenizer, images):
         return new or {}
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    stopping = False
     with stop:
-        if start == config.steps and not metrics:  # stopped in the last evaluation
+        if evaluation_due(config, start) and not metrics:  # stopped before it, or within
             metrics = evaluate_and_save(start, True)
         for step in range(start, config.steps):
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
@@ -382,18 +381,19 @@ def train(config, run, checkpoints, tokenizer, images):
             counts = [count + (i < n) for i, count in enumerate(counts)]
 
             done = step + 1
-            stopping = stop.agreed(run) or done == config.stop_at
-            evaluating = not stopping and (done % config.eval_every == 0 or done == config.steps)
+            if done == config.stop_at:
+                stop.requested = True
+            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
             if stopping or evaluating or done % config.log_every == 0:
                 by_position, loss = by_group(means.take(), counts)
                 norm, counts = checkpoints.finite(done, loss, grad_norm), [0] * T
                 log.training(done, config.batch_size, loss=loss, loss_by_position=by_position, lr=lr, grad_norm=norm)
             if stopping or evaluating:
                 metrics = evaluate_and_save(done, evaluating)
-            if stopping:
+            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
                 break
         checkpoints.wait()
-        if stopping or stop.agreed(run):
+        if stop.agreed(run):
             log.say(f"stopped after step {log.logged}; go on with --resume")
             return {}
     return metrics

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 import flow
 import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Run, StopRequest, UserError, attention_kernel, autocast, barrier,
-                    check_range, check_run, command, fill_with_average, from_cli, generator, init_distributed,
-                    learning_rate, provenance, read_json, read_log, seed_step, shard, snapshot)
+                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
+                    init_distributed, learning_rate, provenance, read_json, read_log, seed_step, shard, snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import save_curves, save_grid, to_float
@@ -233,8 +233,8 @@ def train_vae(config, run, n):
     out = os.path.join(config.out, "vae")
     settings = stage0.VAETrainConfig(**{
         **stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size, "out": out,
-        "resume": os.path.isdir(out), "device": config.device, "precision": config.precision, "workers": config.workers,
-        "seed": config.seed})
+        "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision,
+        "workers": config.workers, "seed": config.seed})
     path = os.path.join(out, "config.json")
     saved = read_json(path) if os.path.exists(path) else {}
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
@@ -430,9 +430,8 @@ def train(config, run, checkpoints, dataset):
         return new or {}
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    stopping = False
     with stop:
-        if start == config.steps and not metrics:  # stopped in the last evaluation
+        if evaluation_due(config, start) and not metrics:  # stopped before it, or within
             metrics = evaluate_and_save(start, True)
         for step in range(start, config.steps):
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
@@ -457,8 +456,9 @@ def train(config, run, checkpoints, dataset):
             ema.update_parameters(raw)
 
             done = step + 1
-            stopping = stop.agreed(run) or done == config.stop_at
-            evaluating = not stopping and (done % config.eval_every == 0 or done == config.steps)
+            if done == config.stop_at:
+                stop.requested = True
+            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
             if stopping or evaluating or done % config.log_every == 0:
                 *by_quarter, pure, loss = means.take()
                 norm = checkpoints.finite(done, loss, grad_norm)
@@ -466,10 +466,10 @@ def train(config, run, checkpoints, dataset):
                              grad_norm=norm)
             if stopping or evaluating:
                 metrics = evaluate_and_save(done, evaluating)
-            if stopping:
+            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
                 break
         checkpoints.wait()
-        if stopping or stop.agreed(run):
+        if stop.agreed(run):
             log.say(f"stopped after step {log.logged}; go on with --resume")
             return {}
     return metrics

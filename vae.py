@@ -26,8 +26,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, autocast, check_range, check_run, command,
-                    fill_with_average, from_cli, generator, init_distributed, learning_rate, load_tensors, load_weights,
-                    provenance, read_json, read_log, save_tensors, shipped, shown, write_json)
+                    evaluation_due, fill_with_average, from_cli, generator, init_distributed, learning_rate,
+                    load_tensors, load_weights, provenance, read_json, read_log, save_tensors, shipped, shown,
+                    write_json)
 from data import batches, open_data, spread
 from images import psnr, save_curves, save_grid, to_float
 
@@ -566,9 +567,8 @@ def train(config, run, checkpoints, dataset, stage, later):
         return new
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    stopping = False
     with stop:
-        if start == config.steps and "held_out_psnr" not in metrics:  # stopped in the last evaluation
+        if evaluation_due(config, start) and "held_out_psnr" not in metrics:  # stopped before it, or within
             metrics = evaluate_and_save(start, True)
         for step in range(start, config.steps):
             lr = learning_rate(step, config.lr, config.warmup, config.steps)
@@ -603,8 +603,9 @@ def train(config, run, checkpoints, dataset, stage, later):
             means.add(torch.stack([l1, kl, decibels, critic_loss, fooled]), torch.ones(5, device=run.device))
 
             done = step + 1
-            stopping = stop.agreed(run) or done == config.stop_at
-            evaluating = not stopping and (done % config.eval_every == 0 or done == config.steps)
+            if done == config.stop_at:
+                stop.requested = True
+            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
             if stopping or evaluating or done % config.log_every == 0:
                 l1, kl, decibels, critic_loss, fooled = means.take()
                 norm = checkpoints.finite(done, l1 + kl, grad_norm)
@@ -613,10 +614,10 @@ def train(config, run, checkpoints, dataset, stage, later):
                              lr=lr, grad_norm=norm, **critics)
             if stopping or evaluating:
                 metrics = evaluate_and_save(done, evaluating)
-            if stopping:
+            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
                 break
         checkpoints.wait()
-        if stopping or stop.agreed(run):
+        if stop.agreed(run):
             log.say(f"stopped after step {log.logged}; go on with --resume")
             return {}
     return metrics
