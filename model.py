@@ -471,9 +471,9 @@ def in_groups(velocity, K, latents, x_t, t, k_keep, null):
 
     Neither the first k registers nor the decoder look at those from k on: a sample with few tokens costs little more
     than 2·N, not 2·(N + K). Each k goes with the next power of two; those up to 16 share one group, as a small one
-    costs more in calls than its few tokens save. The null condition is group 0, without an encoder. Where it and k = 1
-    are a quarter of the batch, they are group 1. (So the encoder always runs, if only for codes that are ignored:
-    processes that share gradients rely on every parameter having one, if only zero.)
+    costs more in calls than its few tokens save. Samples without any token need no encoder and are group 0; but where
+    they and those with k = 1 make up a quarter of the batch, both are group 1. So even a batch of null samples runs the
+    encoder, for codes that are then ignored: processes that share gradients expect one for every parameter.
     """
     group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))   # (B,), on the CPU as k_keep and null
     few = null | (k_keep == 1)                                                    # (B,)

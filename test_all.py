@@ -2918,6 +2918,9 @@ def go_the_whole_way(tmp_path, monkeypatch, vae, **settings):
     train_ar.main(train_ar.ARConfig(
         data=small["data"], tokenizer=out, out=prior, views=1, condition=(), width=32, depth=1, head_dim=16, steps=2,
         batch_size=8, warmup=1, log_every=1, eval_every=100, eval_images=2, precision="fp32", device="cpu"))
+    if not hasattr(tokenizer.quantizer, "levels"):
+        with pytest.raises(UserError, match="--split_tokens: .* has no FSQ"):
+            train_ar.main(train_ar.ARConfig(data=small["data"], tokenizer=out, out=prior + "2", split_tokens=True))
     gpt = GPT.from_pretrained(prior)
     assert gpt.config.vocab_size == tokenizer.quantizer.vocab_size and gpt.notes["tokenizer"] == tokenizer.fingerprint()
     for rows in (tokens, list(gpt.generate(n=2, generator=torch.Generator().manual_seed(0)))):

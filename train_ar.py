@@ -194,7 +194,7 @@ def build_prior(config, tokenizer, classes):
         vocab_size=tokenizer.quantizer.vocab_size, length=config.length or tokenizer.config.registers,
         width=config.width, depth=config.depth, head_dim=config.head_dim,
         classes=classes if "class" in config.condition else 0, text_width=config.caption_width if text else 0,
-        levels=tokenizer.config.levels if config.split_tokens else (), cfg_scale=config.cfg_scale), text)
+        levels=tuple(tokenizer.quantizer.levels) if config.split_tokens else (), cfg_scale=config.cfg_scale), text)
 
 
 def parameter_groups(model, config):
@@ -406,6 +406,8 @@ def open_tokenizer(config, run):
     if made_by and not os.path.isdir(name):
         raise UserError(f"--tokenizer {name}: is not there yet; run train_tokenizer.py --preset {made_by} first")
     tokenizer = FlexTok.from_pretrained(name, device=run.device)
+    if config.split_tokens and not hasattr(tokenizer.quantizer, "levels"):
+        raise UserError(f"--split_tokens: {name} has no FSQ, whose digits make the halves; give --no-split_tokens")
     K = tokenizer.config.registers
     if config.length > K:
         raise UserError(f"--length {config.length}: {config.tokenizer} has {K} tokens per image")
