@@ -218,7 +218,7 @@ def curves_of_log(records):
         pairs = [(record.get("step"), record.get(name)) for record in records]
         if place is not None:
             pairs = [(x, y[place]) for x, y in pairs if isinstance(y, list) and len(y) > place]
-        return [(x + 1, y) for x, y in pairs if all(type(v) in (int, float) and abs(v) < 1e30 for v in (x, y))]
+        return [(x, y) for x, y in pairs if all(type(v) in (int, float) and abs(v) < 1e30 for v in (x, y))]
     ks = next((record["ks"] for record in reversed(records) if record.get("ks")), [])
     quarters, tokens = ("0 to 0.25", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1"), ("first", "2 to 8", "9 to 64", "65 on")
     panels = {
