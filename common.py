@@ -7,9 +7,9 @@ Sections: command line and errors; devices and torchrun; schedule, averages, ran
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
 import argparse
-import atexit
 import dataclasses
 import difflib
+import gc
 import hashlib
 import inspect
 import json
@@ -65,6 +65,10 @@ def command(main, *args):
         problem, code = f"error: {error.filename or 'output'}: {error.strerror}", 2
     except KeyboardInterrupt:
         problem, code = "stopped", 130
+    finally:
+        if dist.is_initialized():
+            gc.collect()  # DDP holds the group too; threads left to the interpreter's last breath abort one run in 30
+            dist.destroy_process_group()
     print(problem, file=sys.stderr)
     try:
         sys.stdout.flush()
@@ -243,7 +247,6 @@ def init_distributed(device="auto"):
         # If one of them dies, torchrun ends the others at once, without waiting so long.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=1),
                                 device_id=device if on_gpu else None)
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return Run(device, dist.get_rank(), dist.get_world_size())
 
 

@@ -300,22 +300,48 @@ def make_quantizer(config):
 # Nested dropout
 
 
-def sample_k(B, K, mode, generator=None):
-    """How many tokens each training sample keeps: (B,) int64 in 1..K, on the CPU so that grouping needs no GPU sync.
+def law_of_k(u, K, mode):
+    """The law of k, upside down: a number u (B,) in [0, 1) -> k (B,) int64 in 1..K, which grows with u.
+
+    Modes: "uniform" over 1..K; "pow2" over 1, 2, 4, ..., K, as much training for 1 token as for 256; "uniform_pow2"
+    uniform, then rounded up to a power of two (half keep all K); else ValueError.
+    """
+    # FORK: another law of k. Return what a share u of all samples may have at most: whole numbers that grow with u.
+    if mode == "pow2":
+        choices = torch.tensor(powers_of_two(K))
+        return choices[(u * len(choices)).long()]                                 # (B,)
+    if mode not in ("uniform", "uniform_pow2"):
+        raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
+    k = (u * K).long() + 1                                                        # (B,)
+    return k if mode == "uniform" else round_up_to_pow2(k).clamp(max=K)
+
+
+def sample_k(B, K, mode, null_p=0.0, generator=None):
+    """How many tokens each training sample keeps: k (B,) int64 in 0..K on the CPU, 0 for no condition; room (B,).
 
     This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
     dropout, arXiv 1402.0915). Each sample draws its own k: with one for all, a batch would pull towards few tokens in
-    one step and towards many in the next. Modes: "uniform" over 1..K; "pow2" over 1, 2, 4, ..., K, as much training for
-    1 token as for 256; "uniform_pow2" uniform, then rounded up to a power of two (half keep all K); else ValueError.
+    one step and towards many in the next. A share `null_p` gets no token at all, which guidance needs.
+
+    The draws are stratified: of 16 places in the batch each draws from its own 16th of the law (of 8, 4, 2 or 1 if B is
+    no multiple of 16), so that every step sees all k. Images are shuffled: none keeps its place. `room` is the most
+    that a place can draw, rounded up by `room_for`: it is the same in every step of a run, so samples of equal room can
+    go through together, in groups that never change their shapes.
     """
-    # FORK: another law of k. Return (B,) int64 in 1..K on the CPU, from `generator` alone, so that runs can be resumed.
-    if mode == "pow2":
-        choices = torch.tensor(powers_of_two(K))
-        return choices[torch.multinomial(torch.ones(len(choices)), B, replacement=True, generator=generator)]  # (B,)
-    if mode not in ("uniform", "uniform_pow2"):
-        raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
-    k = torch.randint(1, K + 1, (B,), generator=generator)                        # (B,)
-    return k if mode == "uniform" else round_up_to_pow2(k).clamp(max=K)
+    strata = min(16, B & -B)  # the largest power of two that divides B
+    place = [int(f"{i % strata:04b}"[::-1], 2) * strata // 16 for i in range(B)]  # bits reversed: spread evenly
+    place = torch.tensor(place, dtype=torch.float64)                              # (B,), 0 to strata - 1
+    def draw(u):
+        k = law_of_k(((u - null_p) / max(1 - null_p, 1e-9)).clamp(0, 1 - 1e-9), K, mode)
+        return torch.where(u < null_p, 0, k)                                      # (B,)
+    u = torch.rand(B, generator=generator, dtype=torch.float64)                   # (B,)
+    return draw((place + u) / strata), room_for(draw((place + 1 - 1e-9) / strata), K)
+
+
+def room_for(k, K):
+    """k (B,) int64, at most K -> the first of 16, 64, 256, ... that is not below, and at most K: (B,)."""
+    sizes = [min(4**i, K) for i in range(2, 16)]
+    return torch.tensor([next(size for size in sizes if size >= number) for number in k.tolist()])  # (B,)
 
 
 def powers_of_two(K):
@@ -466,27 +492,19 @@ def counted_attention(n, copies, device):
 VAE_PIXELS = 8 * 256 * 256  # that the VAE is given at once, but at least one whole image
 
 
-def in_groups(velocity, K, latents, x_t, t, k_keep, null):
-    """`velocity` as in `FlexTok.forward`, called with the samples together that need about as many of the K registers.
+def in_groups(velocity, room, x_t, *others):
+    """velocity(k, x_t, *others) of the samples of equal room k together; all tensors (B, ...), room (B,) on the CPU.
 
-    Neither the first k registers nor the decoder look at those from k on: a sample with few tokens costs little more
-    than 2·N, not 2·(N + K). Each k goes with the next power of two; those up to 16 share one group, as a small one
-    costs more in calls than its few tokens save. Samples without any token need no encoder and are group 0; but where
-    they and those with k = 1 make up a quarter of the batch, both are group 1. So even a batch of null samples runs the
-    encoder, for codes that are then ignored: processes that share gradients expect one for every parameter.
+    Neither the first k registers nor the decoder look at those from k on: a sample that keeps few costs little more
+    than 2·N, not 2·(N + K).
     """
-    group = torch.where(null, 0, round_up_to_pow2(k_keep).clamp(min(16, K), K))   # (B,), on the CPU as k_keep and null
-    few = null | (k_keep == 1)                                                    # (B,)
-    if 4 * few.sum() >= len(few):
-        group[few] = 1
     order, results = [], []
-    for k in group.unique().tolist():
-        members = (group == k).nonzero().squeeze(1)                               # (b,)
-        rows = members.to(x_t.device, non_blocking=True)                          # (b,)
-        order.append(members)
-        results.append(velocity(k, latents[rows], x_t[rows], t[rows], k_keep[members], null[members]))  # (b, C, h, w)
-    back = torch.cat(order).argsort().to(x_t.device, non_blocking=True)           # (B,)
-    return torch.cat(results)[back]                                               # (B, C, h, w)
+    for k in room.unique().tolist():
+        members = (room == k).nonzero().squeeze(1)                                # (b,)
+        rows = {x.device: members.to(x.device, non_blocking=True) for x in (x_t, *others)}
+        order.append(rows[x_t.device])
+        results.append(velocity(k, *(x[rows[x.device]] for x in (x_t, *others))))  # (b, C, h, w)
+    return torch.cat(results)[torch.cat(order).argsort()]                         # (B, C, h, w)
 
 
 class FlexTok(nn.Module):
@@ -507,7 +525,6 @@ class FlexTok(nn.Module):
         self.quantizer = make_quantizer(config)
         self.encoder = Encoder(config, self.quantizer.code_width)
         self.decoder = Decoder(config, self.quantizer.code_width)
-        self.one_group = False  # training: whether all samples go through together, with all K registers
         self.official = {}  # the config of the official checkpoint that this came from, for `export_official`
         self.notes = {}     # what else its config.json said, if it was one of ours: how it was trained, and more
 
@@ -516,20 +533,18 @@ class FlexTok(nn.Module):
         """(H, W) of the training images, in pixels."""
         return tuple(side * self.config.patch_size * self.vae.downsampling for side in self.config.grid)
 
-    def forward(self, latents, x_t, t, k_keep, null):
+    def forward(self, latents, x_t, t, k_keep, room=None):
         """One training pass: latents, x_t (B, C, h, w), t (B,) -> velocity (B, C, h, w).
 
-        Sample i keeps its first k_keep[i] tokens, and has no condition at all where null[i]. k_keep (B,) int64 and null
-        (B,) bool are on the CPU, as grouping must not wait for the GPU.
+        Sample i keeps its first k_keep[i] tokens, k_keep (B,) int64; with 0 it has no condition at all. room (B,), both
+        on the CPU: so many registers are enough for sample i (`sample_k`); None: all go through with all K.
         """
-        def velocity(k, latents, x_t, t, k_keep, null):  # of samples that need no more than k registers
-            none = x_t.new_zeros(len(x_t), 0, self.quantizer.code_width)
-            codes = self.quantizer(self.encoder(latents, k))[0] if k else none    # (b, k, L)
-            return self.decoder(x_t, t, codes, k_keep, null)                      # (b, C, h, w)
-        K = self.config.registers
-        if self.one_group:
-            return velocity(K, latents, x_t, t, k_keep, null)  # the plain form
-        return in_groups(velocity, K, latents, x_t, t, k_keep, null)
+        def velocity(k, x_t, latents, t, k_keep):  # of samples that need no more than k registers
+            codes, _ = self.quantizer(self.encoder(latents, k))                   # (b, k, L)
+            return self.decoder(x_t, t, codes, k_keep, null=k_keep == 0)          # (b, C, h, w)
+        if room is None:
+            return velocity(self.config.registers, x_t, latents, t, k_keep)  # the plain form
+        return in_groups(velocity, room, x_t, latents, t, k_keep)
 
     def compile_blocks(self, **options):
         """torch.compile the blocks of encoder and decoder, with these options. Changes no name in the state dict.

@@ -53,7 +53,7 @@ from images import check_images, curves_of_log, fit, psnr, read_image, save_curv
 from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, files_digest, list_files,
                   open_data, split_paths, to_float)
 from fsq import FSQ
-from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, round_up_to_pow2,
+from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for, round_up_to_pow2,
                    sample_k, sincos_2d, unpatchify)
 from extras.pretrained import export_official
 from text import END, WORD_BYTES, CaptionConfig, CaptionEncoder
@@ -300,7 +300,8 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
         flow.loss_per_sample(velocity, noise - latents).mean().backward()
         return {name: p.grad.clone() for name, p in tokenizer.named_parameters() if p.grad is not None}
 
-    fast, tokens = tokenizer(latents, x_t, t, k_keep, null), tokenizer.quantizer(tokenizer.encoder(latents))[1]
+    k_or_0 = torch.where(null, 0, k_keep)
+    fast, tokens = tokenizer(latents, x_t, t, k_or_0, room_for(k_or_0, K)), tokenizer.quantizer(tokenizer.encoder(latents))[1]
     fast_gradients = loss_and_gradients(fast)
     codes, plain_tokens = tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))
     plain = plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)
@@ -315,36 +316,22 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
     assert (mixed - plain).abs().max() < 1e-5
 
 
-def test_grouping_small_k_and_leaving_out_the_encoder_of_null_samples_changes_nothing():
-    """Groups are k rounded up to a power of two, at least 16; k = 1 and null together where they are many, as when
-    all are null."""
-    tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=64))
-    seen = []
-    tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2]))
+def test_groups_of_about_equal_k_change_nothing_and_give_every_parameter_a_gradient():
+    """The last is for processes that share gradients: they wait for each of them."""
+    tokenizer, seen = a_tokenizer(dataclasses.replace(SMALL, registers=100)), []
+    tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[:2])))
     latents, x_t, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6)
-    codes, _ = tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))
-    everyone, null = torch.ones(6, dtype=torch.bool), torch.tensor([False, False, False, False, False, True])
-    for lengths, groups in (([2, 64, 3, 9, 2, 64], [(1, 64), (4, 16)]),
-                            ([1, 64, 3, 9, 1, 64], [(1, 64), (2, 16), (3, 1)])):
-        k_keep = torch.tensor(lengths)
-        fast = tokenizer(latents, x_t, t, k_keep, null)
-        assert sorted(map(tuple, seen)) == groups
-        assert (fast - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)).abs().max() < 1e-5
+    for k_keep, groups in (([2, 100, 17, 16, 2, 0], [(1, 64), (1, 100), (4, 16)]), ([100] * 6, [(6, 100)]),
+                           ([1] * 6, [(6, 16)]), ([0] * 6, [(6, 16)]), ([65, 64] + [0] * 4, [(1, 64), (1, 100), (4, 16)])):
+        k_keep, plain = torch.tensor(k_keep), tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))[0]
+        plain = plain_decoder(tokenizer.decoder, x_t, t, plain, k_keep, k_keep == 0)
         seen.clear()
-    assert (tokenizer(latents, x_t, t, k_keep, everyone)
-            - plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, everyone)).abs().max() < 1e-5
-    assert seen == [(6, 1)]  # for codes that are ignored: see the next test
-
-
-def test_every_parameter_has_a_gradient_whatever_is_kept():
-    """Processes that share gradients wait for each of them."""
-    tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=64))
-    latents, x_t, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6)
-    none = torch.zeros(6, dtype=torch.bool)
-    for lengths, null in (([64] * 6, none), ([1] * 6, none), ([64] * 6, ~none), ([64] * 6, torch.arange(6) == 0)):
         tokenizer.zero_grad()
-        tokenizer(latents, x_t, t, torch.tensor(lengths), null).square().mean().backward()
+        fast = tokenizer(latents, x_t, t, k_keep, room_for(k_keep, 100))
+        assert sorted(seen) == groups and (fast - plain).abs().max() < 1e-5
+        fast.square().mean().backward()
         assert [name for name, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None] == []
+        assert (tokenizer(latents, x_t, t, k_keep) - plain).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -587,18 +574,39 @@ def test_detokenize_takes_lists_of_any_lengths_and_a_seed_gives_the_same_image_a
 
 
 def test_nested_dropout_draws_k_as_each_mode_says():
-    draw = lambda mode, K: sample_k(20_000, K, mode, torch.Generator().manual_seed(0))  # noqa: E731
+    def draw(mode, K, B=48, null_p=0.0):  # 400 batches of 3 x 16 places
+        seeded = torch.Generator().manual_seed(0)
+        return torch.stack([sample_k(B, K, mode, null_p, seeded)[0] for _ in range(400)])
     assert draw("uniform", 10).unique().tolist() == list(range(1, 11))
-    counts = draw("pow2", 256).bincount()
+    counts = draw("pow2", 256, 50).flatten().bincount()  # 25 x 2 places
     assert counts.nonzero().squeeze(1).tolist() == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert (counts[counts > 0] / 20_000 - 1 / 9).abs().max() < 0.01
     rounded = draw("uniform_pow2", 16)
-    assert rounded.unique().tolist() == [1, 2, 4, 8, 16] and abs((rounded == 16).float().mean() - 0.5) < 0.02
+    assert rounded.unique().tolist() == [1, 2, 4, 8, 16] and (rounded == 16).sum(1).unique().tolist() == [24]
     assert draw("pow2", 24).unique().tolist() == [1, 2, 4, 8, 16, 24] and draw("uniform_pow2", 24).max() == 24
+    with_null = draw("pow2", 8, 40, 0.1)
+    shares = with_null.flatten().bincount() / with_null.numel()
+    assert (shares[[0, 1, 2, 4, 8]] - torch.tensor([0.1, *4 * [0.225]])).abs().max() < 0.01
+    assert draw("uniform", 4, 6, 1.0).max() == 0
     k = torch.arange(1, 70_000)
     assert torch.equal(round_up_to_pow2(k), torch.tensor([1 << (i - 1).bit_length() for i in k.tolist()]))
     with pytest.raises(ValueError, match="expected uniform, pow2 or uniform_pow2"):
         draw("pow3", 8)
+
+
+@pytest.mark.parametrize("B, parts", [(256, 8), (64, 4), (8, 2), (24, 3), (7, 1)])
+@pytest.mark.parametrize("mode", ["pow2", "uniform", "uniform_pow2"])
+def test_groups_have_the_same_shapes_in_every_step_and_part_of_a_batch(B, parts, mode):
+    seeded, rooms = torch.Generator().manual_seed(0), set()
+    for _ in range(30):
+        k, room = sample_k(B, 200, mode, 0.1, seeded)
+        assert (k <= room).all() and set(room.tolist()) <= {16, 64, 200}
+        rooms.add(tuple(room.tolist()))
+    assert len(rooms) == 1
+    if B % 64 == 0:  # then the parts are alike, too
+        assert len({tuple(sorted(part.tolist())) for part in room.split(B // parts)}) == 1
+    k = torch.tensor([0, 1, 16, 17, 64, 65, 256, 257])
+    assert room_for(k, 1000).tolist() == [16] * 3 + [64] * 2 + [256] * 2 + [1000]
 
 
 def test_sizes_are_those_of_the_released_models():
@@ -1108,8 +1116,8 @@ def test_official_training_losses_and_gradients_come_out(golden):
     for name, how in info["train"].items():
         tokenizer.zero_grad()
         t, noise, latents = expected[f"train{name}.sigmas"], expected["dec.noise"], expected["latents_mode"]
-        v = tokenizer(latents, expected[f"train{name}.x_t"], t, torch.tensor(how["keep_k"]),
-                      torch.tensor(how["null_flags"]))
+        k_keep = torch.where(torch.tensor(how["null_flags"]), 0, torch.tensor(how["keep_k"]))
+        v = tokenizer(latents, expected[f"train{name}.x_t"], t, k_keep, room_for(k_keep, tokenizer.config.registers))
         assert (v - expected[f"train{name}.pred"]).abs().max() < 1e-4
         loss = flow.loss_per_sample(v, flow.velocity_target(latents, noise)).mean()
         assert abs(loss.item() - how["loss"]) < 1e-4
@@ -1715,7 +1723,7 @@ def test_another_seed_or_step_draws_other_noise_t_and_k():
         config = train_tokenizer.TrainConfig(**{**TINY, "seed": seed, "batch_size": 64})
         draws.append(train_tokenizer.draw_noise(config, step, torch.zeros(64, 4, 8, 8), Run(torch.device("cpu"))))
     for a, b in itertools.combinations(draws, 2):
-        assert all(not torch.equal(x, y) for x, y in zip(a, b))
+        assert all(not torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and torch.equal(a[3], b[3])
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, tiny_vae, capsys):
@@ -1882,7 +1890,6 @@ open(f"held{torch.distributed.get_rank()}.json", "w").write(json.dumps(shares))
 def test_training_split_over_two_processes_is_that_of_one_and_its_checkpoint_is_whole(tmp_path, tiny_vae):
     """Also stopped and resumed, begun without splitting, in micro-batches, with checkpointed blocks; each holds one
     half."""
-    # null samples in every step: plain training skips what has no gradient
     both = dict(enc_depth=2, dec_depth=2, null_p=0.5)
     metrics = train(tmp_path / "whole", tiny_vae, **both)
     train(tmp_path / "begun", tiny_vae, stop_at=5, **both)
@@ -2018,12 +2025,12 @@ def test_one_batch_can_be_learned_by_heart():
     """A tokenizer of 8 tokens pushes the loss on 4 fixed latents far below that of ignoring its tokens."""
     torch.manual_seed(0)
     tokenizer = FlexTok(dataclasses.replace(SMALL, registers=8, position_std=1.0, head_std=0.1), VAE(SMALL_VAE))
-    latents, k, null = torch.randn(4, 4, 8, 8), torch.full((4,), 8), torch.zeros(4, dtype=torch.bool)
+    latents, k = torch.randn(4, 4, 8, 8), torch.full((4,), 8)
     parameters = [p for p in tokenizer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     for step in range(150):
         noise = torch.randn_like(latents)
-        v = tokenizer(latents, noise, torch.ones(4), k, null)  # t = 1: nothing but the tokens says which image it is
+        v = tokenizer(latents, noise, torch.ones(4), k)  # t = 1: nothing but the tokens says which image it is
         loss = flow.loss_per_sample(v, flow.velocity_target(latents, noise)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -2995,12 +3002,12 @@ def test_fork_of_the_quantiser(tmp_path, monkeypatch, tiny_vae, Quantizer):
     edit(monkeypatch, model.make_quantizer, lambda config: Quantizer())
     tokenizer = go_the_whole_way(tmp_path, monkeypatch, tiny_vae)
     assert type(tokenizer.quantizer) is Quantizer and tokenizer.encoder.head.out_features == Quantizer.code_width
-    latents, none = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.bool)
+    latents = torch.randn(2, 4, 8, 8)
     learning = [tokenizer.encoder.head.weight, *tokenizer.quantizer.parameters()]
-    for k_keep, null in (([8, 3], none), ([1, 1], none), ([8, 8], ~none)):
+    for k_keep in ([8, 3], [1, 1], [0, 0]):
         tokenizer.zero_grad()
-        tokenizer(latents, latents, torch.rand(2), torch.tensor(k_keep), null).square().mean().backward()
-        assert all(x.grad is not None and (x.grad.abs().max() > 0) == (not null.any()) for x in learning)
+        tokenizer(latents, latents, torch.rand(2), torch.tensor(k_keep)).square().mean().backward()
+        assert all(x.grad is not None and (x.grad.abs().max() > 0) == any(k_keep) for x in learning)
     before = tokenizer.fingerprint()
     if Quantizer is VQ:
         states = torch.load(tmp_path / "tokenizer/resume.pt", weights_only=True)
@@ -3015,7 +3022,7 @@ def test_fork_of_the_quantiser(tmp_path, monkeypatch, tiny_vae, Quantizer):
 
 
 def test_fork_of_the_law_of_k(tmp_path, monkeypatch, tiny_vae):
-    edit(monkeypatch, sample_k, lambda B, K, *args, **options: torch.full((B,), 3))
+    edit(monkeypatch, model.law_of_k, lambda u, K, mode: torch.full_like(u, 3, dtype=torch.int64))
     tokenizer = go_the_whole_way(tmp_path, monkeypatch, tiny_vae)
     train(tmp_path / "longer", tiny_vae, data=str(tmp_path / "pictures"), steps=6, head_std=1.0, levels=(8, 8))
     moved = FlexTok.from_pretrained(str(tmp_path / "longer")).decoder.positions - tokenizer.decoder.positions   # (K, D)
@@ -3047,7 +3054,7 @@ def test_fork_of_the_decoder_s_conditioning(tmp_path, monkeypatch, tiny_vae):
         B, k, _ = codes.shape
         k_keep = torch.full((B,), k) if k_keep is None else k_keep
         kept = (torch.arange(k) < k_keep[:, None])[..., None]                     # (B, k, 1)
-        mean = ((self.from_codes(codes) + self.positions[:k]) * kept).sum(1) / k_keep[:, None]    # (B, D)
+        mean = ((self.from_codes(codes) + self.positions[:k]) * kept).sum(1) / k_keep[:, None].clamp(1)    # (B, D)
         return (mean if null is None else torch.where(null[:, None], self.null_token, mean))[:, None], 1
     monkeypatch.setattr(Decoder, "registers_of", registers_of)
     tokenizer = go_the_whole_way(tmp_path, monkeypatch, tiny_vae, dec_depth=2)

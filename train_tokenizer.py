@@ -135,17 +135,17 @@ RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every"
 # The algorithm
 
 
-def training_loss(model, latents, noise, t, k_keep, null):
+def training_loss(model, latents, noise, t, k_keep, room):
     """How wrong the velocity is, for each sample (b,): the whole method in five lines.                (paper Sec. 3.1)
 
     latents: images as the VAE sees them, and noise: both (b, C, h, w). t (b,) in [0, 1]: how much noise is mixed in.
-    k_keep (b,) int64: how many tokens each sample keeps. null (b,) bool: samples that get no token at all. The last two
-    lie on the CPU, where `FlexTok.forward` sorts the samples by k.
+    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room (b,) says which samples of
+    about equal k may go through together (`sample_k`). The last two lie on the CPU.
     """
     x_t = flow.interpolate(latents, noise, t)                                     # (b, C, h, w)
     # Encoder, quantiser, the first k_keep tokens, decoder. Each sample has a k of its own: then every step teaches what
     # the first token alone can say, and what the last one adds, and the gradient is a mean over all k.
-    v = model(latents, x_t, t, k_keep, null)                                      # (b, C, h, w)
+    v = model(latents, x_t, t, k_keep, room)                                      # (b, C, h, w)
     # The decoder is never asked for the image, but for the direction in which x_t gets less noisy. Where tokens leave
     # several images possible, it points at their mean; and following it leads, step by step, to one of them.
     # FORK: another objective. Return one number for each sample; what sampling does with v must fit it (flow.euler).
@@ -153,7 +153,7 @@ def training_loss(model, latents, noise, t, k_keep, null):
 
 
 def draw_noise(config, step, like, run):
-    """The method's random numbers: noise (b, C, h, w), t (b,), k_keep (b,) and null (b,), the last two on the CPU.
+    """The method's random numbers: noise (b, C, h, w), t (b,), k_keep (b,) and room (b,), the last two on the CPU.
 
     Drawn for the global batch from (seed, step) alone, of which each process takes its part: so a run on two processes
     is the run on one, and a resumed run needs no memory of what was drawn before.
@@ -165,11 +165,11 @@ def draw_noise(config, step, like, run):
     # At t = 1 the network sees nothing but noise and the tokens: the encoder gets a straight gradient.
     pure = torch.rand(B, generator=on_device, device=run.device) < config.pure_noise_share
     t = torch.where(pure, 1.0, t)
-    k_keep = sample_k(B, config.registers, config.nested_dropout, on_cpu)         # (B,)
+    K = config.registers
+    k_keep, room = sample_k(B, K, config.nested_dropout, config.null_p, on_cpu)   # (B,), (B,)
     if step < config.autoencoder_share * config.steps:  # with all tokens and t = 1 this is a plain autoencoder
-        t, k_keep = torch.ones_like(t), torch.full((B,), config.registers)
-    null = torch.rand(B, generator=on_cpu) < config.null_p                        # (B,)
-    return noise[mine], t[mine], k_keep[mine], null[mine]
+        t, k_keep, room = torch.ones_like(t), k_keep.sign() * K, torch.full((B,), K)
+    return noise[mine], t[mine], k_keep[mine], room[mine]
 
 
 def by_t(loss, t, null):
@@ -321,7 +321,6 @@ def wrapped(raw, ema, config, run):
             trunks = [part for part in (encoder, decoder, tokenizer.quantizer) if list(part.parameters())]
             shard(trunks, units, run, config.precision)
             tokenizer.quantizer.to(run.device)
-            tokenizer.one_group = True
     elif run.world > 1:  # no second copy of gradients; buffers are constants
         return DistributedDataParallel(raw, gradient_as_bucket_view=True, broadcast_buffers=False)
     return raw
@@ -440,16 +439,19 @@ def train(config, run, checkpoints, dataset):
             seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
             batch = next(stream)[0].to(run.device, non_blocking=True)             # (b, C, h, w), or uint8 (b, 3, H, W)
             latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
-            noise, t, k_keep, null = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), (b,)
+            noise, t, k_keep, room = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), (b,)
+            if config.shard:
+                room[:] = config.registers  # all processes must gather the same weights equally often
             if step == 0 and run.is_main:
                 draw_inputs(vae, latents, config)
             for part in (slice(i, i + micro) for i in range(0, b, micro)):
                 model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
                 with autocast(run.device, config.precision), attention_kernel(run.device):
                     # (micro,)
-                    loss = training_loss(model, latents[part], noise[part], t[part], k_keep[part], null[part])
+                    loss = training_loss(model, latents[part], noise[part], t[part], k_keep[part], room[part])
                 (loss.mean() * micro / b).backward()
-                means.add(*by_t(loss.detach(), t[part], null[part].to(run.device, non_blocking=True)))
+                null = (k_keep[part] == 0).to(run.device, non_blocking=True)      # (micro,)
+                means.add(*by_t(loss.detach(), t[part], null))
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             optimizer.step()
             optimizer.zero_grad()

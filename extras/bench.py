@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import flow
 from ar import GPT, SIZES, GPTConfig, cross_entropy
 from common import UserError, attention_kernel, autocast, command, from_cli, pick_device
-from model import FlexTok, TokenizerConfig, norm, powers_of_two, unpatchify
+from model import FlexTok, TokenizerConfig, norm, powers_of_two, room_for, unpatchify
 from vae import VAE, VAEConfig
 
 
@@ -196,7 +196,7 @@ def train_rows(config, device):
     tokenizer, B, side = build(config, device, 8).train(), config.train_batch, config.image_size // 8
     *powers, half, K = powers_of_two(config.registers)
     k_keep = torch.tensor(list(itertools.islice(itertools.cycle([half, *powers, K]), B)))  # (B,)
-    null = torch.zeros(B, dtype=torch.bool)
+    room, null = room_for(k_keep, config.registers), torch.zeros(B, dtype=torch.bool)
     latents, noise = (torch.randn(B, 16, side, side, device=device) for _ in range(2))  # (B, C, h, w)
     t = torch.rand(B, device=device)
     x_t = flow.interpolate(latents, noise, t)
@@ -213,7 +213,7 @@ def train_rows(config, device):
         trunks = tokenizer.encoder, tokenizer.decoder
         return [loss.detach(), *(trunk.blocks[0].attn.wq.weight.grad.clone() for trunk in trunks)]
 
-    yield Row("train, forward and backward", lambda: step(lambda: tokenizer(latents, x_t, t, k_keep, null)),
+    yield Row("train, forward and backward", lambda: step(lambda: tokenizer(latents, x_t, t, k_keep, room)),
               lambda: step(plain), B)
 
 
