@@ -53,8 +53,8 @@ from images import check_images, curves_of_log, fit, psnr, read_image, save_curv
 from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, files_digest, list_files,
                   open_data, split_paths, to_float)
 from fsq import FSQ
-from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for, round_up_to_pow2,
-                   sample_k, sincos_2d, unpatchify)
+from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for,
+                   round_up_to_pow2, sample_k, sincos_2d, unpatchify)
 from extras.pretrained import export_official
 from text import END, WORD_BYTES, CaptionConfig, CaptionEncoder
 from vae import VAE, Posterior, VAEConfig, VAETrainConfig, adaptive_weight, config_from_diffusers, hinge_loss, spread
@@ -301,7 +301,8 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
         return {name: p.grad.clone() for name, p in tokenizer.named_parameters() if p.grad is not None}
 
     k_or_0 = torch.where(null, 0, k_keep)
-    fast, tokens = tokenizer(latents, x_t, t, k_or_0, room_for(k_or_0, K)), tokenizer.quantizer(tokenizer.encoder(latents))[1]
+    fast = tokenizer(latents, x_t, t, k_or_0, room_for(k_or_0, K))
+    _, tokens = tokenizer.quantizer(tokenizer.encoder(latents))
     fast_gradients = loss_and_gradients(fast)
     codes, plain_tokens = tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))
     plain = plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)
@@ -322,7 +323,8 @@ def test_groups_of_about_equal_k_change_nothing_and_give_every_parameter_a_gradi
     tokenizer.encoder.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[:2])))
     latents, x_t, t = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8), torch.rand(6)
     for k_keep, groups in (([2, 100, 17, 16, 2, 0], [(1, 64), (1, 100), (4, 16)]), ([100] * 6, [(6, 100)]),
-                           ([1] * 6, [(6, 16)]), ([0] * 6, [(6, 16)]), ([65, 64] + [0] * 4, [(1, 64), (1, 100), (4, 16)])):
+                           ([1] * 6, [(6, 16)]), ([0] * 6, [(6, 16)]),
+                           ([65, 64, *[0] * 4], [(1, 64), (1, 100), (4, 16)])):
         k_keep, plain = torch.tensor(k_keep), tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))[0]
         plain = plain_decoder(tokenizer.decoder, x_t, t, plain, k_keep, k_keep == 0)
         seen.clear()
