@@ -42,14 +42,14 @@ BICUBIC = Image.Resampling.BICUBIC
 def open_data(data, image_size, split="train", augment=True, seed=0):
     """"emoji", "shapes" or the path of a folder -> a data set. Raises `UserError` for anything else.
 
-    split: "train" or "held_out", which is the same tenth whatever the seed. A data set has
+    split: "train" or "held_out", the same tenth whatever the seed; of emoji also "combinations". A data set has
         len(), the number of images;        classes, a list of names, the same for both splits;
         label(i) -> int, a place in `classes`;        caption(i) -> str, "" if there is none;
         get(i, rng) -> (3, S, S) uint8, a pure function: the numpy generator `rng` decides the augmentation (None will
         do with augment=False). For a file that cannot be read it raises `UserError`, and the next image is taken.
     """
-    if split not in ("train", "held_out"):
-        raise UserError(f"split {split!r}: expected train or held_out")
+    if split not in ("train", "held_out", *["combinations"] * (data == "emoji")):
+        raise UserError(f"split {split!r}: expected train or held_out; of emoji also combinations")
     if data == "emoji":
         return Emoji(image_size, split, augment)
     if data == "shapes":
@@ -80,49 +80,75 @@ MAY_MIRROR = {"animals-and-nature", "food-and-drink", "face-smiling", "face-affe
 
 @functools.cache
 def emoji_tiles():
-    """The whole embedded set, decoded once a process -> (tiles (1911, 88, 88, 3) uint8, list of 1911 records)."""
-    records = read_json(os.path.join(ASSETS, "emoji64.json"))["items"]
+    """The embedded set, decoded once a process -> tiles (7231, 64, 64, 3) uint8, and what assets/emoji64.json says:
+    "styles"; "concepts", a record of each of 1,911 things; "tiles", (thing, style) of each tile."""
+    about = read_json(os.path.join(ASSETS, "emoji64.json"))
     sheet = np.asarray(read_image(os.path.join(ASSETS, "emoji64.webp")))
     rows, columns = sheet.shape[0] // TILE, sheet.shape[1] // TILE
     tiles = sheet.reshape(rows, TILE, columns, TILE, 3).swapaxes(1, 2)               # (rows, columns, 64, 64, 3)
-    tiles = tiles.reshape(-1, TILE, TILE, 3)[:len(records)]                          # (1911, 64, 64, 3)
-    room = (MARGIN, MARGIN)
-    return np.pad(tiles, ((0, 0), room, room, (0, 0)), constant_values=255), records  # (1911, 88, 88, 3)
+    return tiles.reshape(-1, TILE, TILE, 3)[:len(about["tiles"])], about             # (7231, 64, 64, 3)
 
 
 class Emoji:
-    """The 1,911 Noto emoji in assets/. Class = category, 10 of them.
+    """The emoji in assets/: 1,911 things, each drawn in up to four styles, 7,231 pictures. Class = category, of 10.
 
-    Held out: every tenth of the list sorted by category and subcategory, so both splits have the same mix (a hash would
-    leave small kinds out by chance). A held-out orange heart has a red one in training: it asks for recombination.
+    The same thing in another hand is what ordered tokens should be shown: what it is comes first, how it is drawn
+    later. So two sets are held out: "held_out", every tenth thing of the list sorted by category and subcategory, in
+    none of its styles seen in training; and "combinations", of another tenth of the things one style each, seen in its
+    others. (A hash would leave small kinds out by chance. A held-out orange heart has a red one in training.)
     """
 
-    def __init__(self, image_size, split="train", augment=True):
-        self.tiles, records = emoji_tiles()
+    def __init__(self, image_size, split="train", augment=True, styles=()):
+        """styles: names of those wanted; () is all."""
+        self.tiles, about = emoji_tiles()
         self.image_size, self.augment = image_size, augment
-        ranked = sorted(range(len(records)), key=lambda i: (records[i]["category"], records[i]["subcategory"], i))
-        self.members = sorted(i for rank, i in enumerate(ranked) if (rank % 10 == 5) == (split == "held_out"))
-        self.records = [records[i] for i in self.members]
-        self.classes = sorted({record["category"] for record in records})
+        self.things, self.styles = about["concepts"], about["styles"]
+        kinds = [(thing["category"], thing["subcategory"], i) for i, thing in enumerate(self.things)]
+        rank = {i: place for place, (_, _, i) in enumerate(sorted(kinds))}
+        drawn = {}  # the styles of each thing
+        for thing, style in about["tiles"]:
+            drawn.setdefault(thing, []).append(style)
+
+        def split_of(thing, style):
+            turn, tenth = divmod(rank[thing], 10)
+            if tenth == 5:
+                return "held_out"
+            known = drawn[thing]
+            return "combinations" if tenth == 0 and len(known) > 1 and style == known[turn % len(known)] else "train"
+        wanted = [i for i, style in enumerate(self.styles) if style in styles or not styles]
+        self.members = [(i, thing, style) for i, (thing, style) in enumerate(about["tiles"])
+                        if style in wanted and split_of(thing, style) == split]
+        self.classes = sorted({thing["category"] for thing in self.things})
 
     def __len__(self):
         return len(self.members)
 
+    def thing(self, i):
+        """What picture i shows: the record of assets/emoji64.json."""
+        return self.things[self.members[i][1]]
+
+    def style(self, i):
+        """In which hand picture i is drawn: a place in `styles`."""
+        return self.members[i][2]
+
     def label(self, i):
-        return self.classes.index(self.records[i]["category"])
+        return self.classes.index(self.thing(i)["category"])
 
     def caption(self, i):
-        return self.records[i]["caption"]
+        """For example "red heart, fluent 3d"."""
+        return f"{self.thing(i)['caption']}, {self.styles[self.style(i)]}"
 
     def may_mirror(self, i):
-        return bool(MAY_MIRROR & {self.records[i]["category"], self.records[i]["subcategory"]})
+        return bool(MAY_MIRROR & {self.thing(i)["category"], self.thing(i)["subcategory"]})
 
     def get(self, i, rng):
         """Item i -> (3, S, S) uint8. Augmented: moved by up to 4 pixels, scaled 0.85-1.1, often mirrored or tinted."""
         scale, dx, dy = (rng.uniform(0.85, 1.1), *rng.uniform(-4, 4, 2)) if self.augment else (1, 0, 0)
         x, y, half = TILE / 2 + MARGIN + dx, TILE / 2 + MARGIN + dy, TILE / 2 / scale
+        room = (MARGIN, MARGIN)
+        tile = np.pad(self.tiles[self.members[i][0]], (room, room, (0, 0)), constant_values=255)     # (88, 88, 3)
         # crop, shift, scale and the change to S pixels are one antialiased resampling
-        image = Image.fromarray(self.tiles[self.members[i]]).resize(
+        image = Image.fromarray(tile).resize(
             (self.image_size, self.image_size), BICUBIC, box=(x - half, y - half, x + half, y + half))
         pixels = np.asarray(image)                                                   # (S, S, 3)
         if self.augment and rng.random() < 0.5 and self.may_mirror(i):
