@@ -181,12 +181,10 @@ POLYGONS = {
 KINDS = ["circle", "ring", *POLYGONS]
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 210, 40), "green": (50, 160, 70),
            "blue": (40, 90, 215), "purple": (135, 60, 175), "pink": (240, 120, 180), "brown": (130, 80, 45)}
-LIGHT = {"white": (255, 255, 255), "light grey": (215, 215, 215), "light blue": (190, 220, 245),
-         "light green": (200, 235, 200), "cream": (250, 240, 205), "light pink": (250, 215, 225)}
-DARK = {"black": (15, 15, 15), "dark grey": (65, 65, 70), "dark blue": (20, 30, 80), "dark green": (15, 65, 40)}
-BACKGROUNDS = LIGHT | DARK
+BACKGROUNDS = {"white": (255, 255, 255), "light grey": (215, 215, 215), "light blue": (190, 220, 245),
+               "light green": (200, 235, 200), "cream": (250, 240, 205), "light pink": (250, 215, 225),
+               "black": (15, 15, 15), "dark grey": (65, 65, 70), "dark blue": (20, 30, 80), "dark green": (15, 65, 40)}
 RADII = {"small": 0.17, "medium": 0.23, "large": 0.29}  # of the image's side; at 32 px a smaller star would be a blot
-EXTRA_KINDS = ["circle", "square", "triangle"]          # what a few pixels can still show
 PLACES = ["in the top left", "at the top", "in the top right", "on the left", "in the centre", "on the right",
           "in the bottom left", "at the bottom", "in the bottom right"]
 
@@ -194,13 +192,13 @@ PLACES = ["in the top left", "at the top", "in the top right", "on the left", "i
 # One object: kind and colour are names; x, y (of its centre) and radius in units of the image's side, y downwards.
 Shape = collections.namedtuple("Shape", "kind colour x y radius")
 
-# Everything there is to know about one picture: main, a Shape; size, a key of RADII; place, an entry of PLACES;
-# background, one name, or two for a gradient from top to bottom; extras, 0 to 3 small Shapes, which touch nothing.
-Scene = collections.namedtuple("Scene", "main size place background extras")
+# Everything there is to know about one picture: shape, a Shape; size, a key of RADII; place, an entry of PLACES;
+# background, a key of BACKGROUNDS.
+Scene = collections.namedtuple("Scene", "shape size place background")
 
 
 class Shapes:
-    """Drawn scenes whose true factors are known: `factors(i)` -> Scene. Class = the kind of the main shape.
+    """Drawn scenes, a shape on a plain ground, whose true factors are known: `factors(i)` -> Scene. Class = the kind.
 
     Item i of (seed, split) is a pure function, for any i >= 0: `length` only says what len() answers, and with it how
     many different scenes training sees. Nothing to augment.
@@ -216,14 +214,12 @@ class Shapes:
         return self.length
 
     def label(self, i):
-        return KINDS.index(self.factors(i).main.kind)
+        return KINDS.index(self.factors(i).shape.kind)
 
     def caption(self, i):
-        """For example "a large red star in the top left on a light blue background with two small objects"."""
+        """For example "a large red star in the top left on a light blue background"."""
         scene = self.factors(i)
-        where = " to ".join(scene.background) + (" gradient" if len(scene.background) == 2 else " background")
-        more = ["", " with one small object", " with two small objects", " with three small objects"][len(scene.extras)]
-        return f"a {scene.size} {scene.main.colour} {scene.main.kind} {scene.place} on a {where}{more}"
+        return f"a {scene.size} {scene.shape.colour} {scene.shape.kind} {scene.place} on a {scene.background} background"
 
     def factors(self, i):
         """Item i -> Scene."""
@@ -235,36 +231,24 @@ class Shapes:
         # The reach of the centre, cut in 3 x 3 places with a gap between them: a place is never a matter of opinion
         low, reach = 1.12 * radius, 1 - 2 * 1.12 * radius
         x, y = (low + reach * (cell + rng.uniform(0.1, 0.9)) / 3 for cell in (column, row))
-        side = pick([list(LIGHT), list(DARK)])
-        background = tuple(dict.fromkeys([pick(side), pick(side)]) if rng.random() < 0.4 else [pick(side)])
+        background = pick(list(BACKGROUNDS))
         colours = [name for name, rgb in COLOURS.items()  # that stand out, by their distance in RGB levels
-                   if all(math.dist(rgb, BACKGROUNDS[under]) > 125 for under in background)]
-        main = Shape(kind, pick(colours), x, y, radius)
-        extras, wanted = [], rng.integers(4)
-        while len(extras) < wanted:  # even beside the largest shape a corner is free, and three fit
-            extra = Shape(pick(EXTRA_KINDS), pick(colours), *rng.uniform(0.09, 0.91, 2), 0.07)
-            if all(math.hypot(extra.x - s.x, extra.y - s.y) > 1.25 * (extra.radius + s.radius)
-                   for s in (main, *extras)):
-                extras.append(extra)
-        return Scene(main, size, PLACES[3 * row + column], background, tuple(extras))
+                   if math.dist(rgb, BACKGROUNDS[background]) > 125]
+        return Scene(Shape(kind, pick(colours), x, y, radius), size, PLACES[3 * row + column], background)
 
     def get(self, i, rng=None):
         """Item i -> (3, S, S) uint8. Drawn 4 times as large and averaged down, which smooths the edges."""
         scene, side = self.factors(i), 4 * self.image_size
-        canvas = Image.new("RGB", (1, len(scene.background)))
-        for y, name in enumerate(scene.background):
-            canvas.putpixel((0, y), BACKGROUNDS[name])
-        canvas = canvas.resize((side, side), Image.Resampling.BILINEAR)  # one pixel: plain; two: a gradient downwards
-        draw = ImageDraw.Draw(canvas)
-        for shape in (*scene.extras, scene.main):
-            centre, radius, rgb = np.array([shape.x, shape.y]) * side, shape.radius * side, COLOURS[shape.colour]
-            box = (*(centre - radius), *(centre + radius))
-            if shape.kind == "ring":
-                draw.ellipse(box, outline=rgb, width=round(0.4 * radius))
-            elif shape.kind == "circle":
-                draw.ellipse(box, fill=rgb)
-            else:
-                draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=rgb)
+        canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+        draw, shape = ImageDraw.Draw(canvas), scene.shape
+        centre, radius, rgb = np.array([shape.x, shape.y]) * side, shape.radius * side, COLOURS[shape.colour]
+        box = (*(centre - radius), *(centre + radius))
+        if shape.kind == "ring":
+            draw.ellipse(box, outline=rgb, width=round(0.4 * radius))
+        elif shape.kind == "circle":
+            draw.ellipse(box, fill=rgb)
+        else:
+            draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=rgb)
         return to_bytes(canvas.reduce(4))
 
 

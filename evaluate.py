@@ -180,8 +180,8 @@ def train_classifier(steps, image_size=32, seed=0):
 
 def answers(scenes, rows):
     """The true kinds and colours of scenes: two int64 tensors (n,)."""
-    mains = [scenes.factors(i).main for i in rows]
-    kinds, colours = [KINDS.index(m.kind) for m in mains], [list(COLOURS).index(m.colour) for m in mains]
+    shapes = [scenes.factors(i).shape for i in rows]
+    kinds, colours = [KINDS.index(s.kind) for s in shapes], [list(COLOURS).index(s.colour) for s in shapes]
     return torch.tensor(kinds), torch.tensor(colours)
 
 
@@ -233,7 +233,8 @@ def copies(config):
     check_range(config, 1, 191, "n")  # there are 191 held-out emoji
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
     n, size = config.n, max(tokenizer.image_size)
-    train, held_out = (Emoji(size, split, augment=False) for split in ("train", "held_out"))
+    # the shipped prior knows Noto's emoji and no names of styles
+    train, held_out = (Emoji(size, split, augment=False, styles=("noto",)) for split in ("train", "held_out"))
     images, unseen = (spread(emoji, len(emoji)).to(gpt.device) for emoji in (train, held_out))  # (n, 3, S, S)
 
     def latents_of(images):
@@ -243,7 +244,7 @@ def copies(config):
     def drawn(tokens):
         return latents_of(draw(tokenizer, tokens, 25, tokenizer.recommended_guidance))  # (n, C·h·w)
 
-    known, some = latents_of(images), torch.arange(n) * len(images) // n          # (1720, C·h·w), (n,)
+    known, some = latents_of(images), torch.arange(n) * len(images) // n          # (N, C·h·w), (n,)
     near = (drawn(tokenizer.tokenize(images[some])) - known[some]).norm(dim=1).median()
     rebuilt = tokenizer.tokenize(unseen[:n])                                      # n x (1, K)
     for name, tokens in (("generated", written(gpt, labels=torch.arange(n) % gpt.config.classes)),
@@ -254,7 +255,7 @@ def copies(config):
               f"{middle:.2f} times the distance of a rebuilt training emoji", flush=True)
     first_tokens(tokenizer, images, unseen)
     for name, emoji, rows in (("training", train, some.tolist()), ("held-out", held_out, range(n))):
-        tokens = written(gpt, captions=[emoji.caption(i) for i in rows])
+        tokens = written(gpt, captions=[emoji.thing(i)["caption"] for i in rows])
         nearest_one = torch.cdist(drawn(tokens), known).argmin(1).tolist()        # n: which emoji it looks like
         right = sum(train.label(j) == emoji.label(i) for i, j in zip(rows, nearest_one))
         same = sum(i == j for i, j in zip(rows, nearest_one)) if emoji is train else 0
@@ -264,12 +265,12 @@ def copies(config):
 
 def first_tokens(tokenizer, images, unseen):
     """Print how many of the images `unseen` have a first token of a training image, or of one of 20 views of one."""
-    views, rng = Emoji(max(tokenizer.image_size), "train"), np.random.default_rng(0)
+    views, rng = Emoji(max(tokenizer.image_size), "train", styles=("noto",)), np.random.default_rng(0)
     wanted, used = torch.cat(tokenizer.tokenize(unseen, k=1)), []                 # (191, 1)
     for count in range(1, 21):
         if count > 1:  # the first view is the image as it is
             images = to_float(torch.stack([views.get(i, rng) for i in range(len(views))])).to(wanted.device)
-        used += tokenizer.tokenize(images, k=1)                                   # count·1720 x (1, 1)
+        used += tokenizer.tokenize(images, k=1)                                   # count·n x (1, 1)
         if count in (1, 20):
             seen = torch.cat(used).unique()
             print(f"first tokens of {count} views of each training emoji: {len(seen)}; "

@@ -55,6 +55,7 @@ class TokenizerConfig:
     position_std: float = 0.02        # of the decoder's register positions
     code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
     head_std: float = 0.0             # of the encoder's last layer, the one that feeds the quantiser
+    scale_codes: bool = False         # what feeds the quantiser has a mean square of 1; official: False
 
     def __post_init__(self):
         if len(self.grid) != 2:
@@ -262,6 +263,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(config.enc_width, code_width)
         init_linear(self)
         nn.init.normal_(self.head.weight, std=config.head_std)
+        self.scale_codes = config.scale_codes
         self.registers = token_parameter(config.registers, config.enc_width)      # (K, D)
 
     def forward(self, latents, k=None):
@@ -277,7 +279,10 @@ class Encoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, attend)                                                  # (B, N + k, D)
         x = self.blocks[-1](x[:, N:], attend, seen=x)                             # (B, k, D)
-        return self.head(norm(x))                                                 # (B, k, L)
+        x = self.head(norm(x))                                                    # (B, k, L)
+        # FSQ's tanh is flat at both ends. The first steps of a short run can push all numbers there; then all images
+        # get one code, and no gradient leads back. Scaled, they keep to its slope: only corners of the grid go unused.
+        return F.rms_norm(x.float(), x.shape[-1:]) if self.scale_codes else x     # (B, k, L)
 
 
 def make_quantizer(config):
@@ -645,7 +650,8 @@ class FlexTok(nn.Module):
     def fingerprint(self):
         """A hash of all that decides an image's tokens, so that a prior is never used with another tokenizer's."""
         # the weights, and the settings that leave no trace in them
-        settings = (repr(self.quantizer), self.config.enc_head_dim, self.vae.config.scaling_factor)
+        settings = (repr(self.quantizer), self.config.enc_head_dim, self.vae.config.scaling_factor,
+                    *["scale_codes"] * self.config.scale_codes)
         digest = hashlib.sha256(repr(settings).encode())
         for module in (self.vae, self.encoder, self.quantizer):
             for tensor in module.state_dict().values():

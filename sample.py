@@ -112,7 +112,7 @@ def reconstruct(config):
         read = itertools.islice(read_images(config.paths, tokenizer.image_size), config.n)
         images = torch.stack([image for _, image in read])
     else:  # what the shipped weights were not trained on
-        images = spread(Emoji(max(tokenizer.image_size), "held_out", augment=False), config.n)
+        images = spread(Emoji(max(tokenizer.image_size), "held_out", augment=False, styles=("noto",)), config.n)
     images = images.to(pick_device(config.device))                                # (B, 3, H, W)
     tokens = tokenizer.tokenize(images, k=max(ks))                                # B x (1, k)
     columns = [images]

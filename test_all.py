@@ -1342,27 +1342,36 @@ def test_curves_show_whatever_a_log_holds(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_emoji_splits_are_a_fixed_nine_to_one_and_share_nothing():
-    train, held_out = Emoji(64), Emoji(64, "held_out", augment=False)
-    assert len(train) + len(held_out) == 1911 and len(held_out) == 191
-    assert not {r["codepoints"] for r in train.records} & {r["codepoints"] for r in held_out.records}
-    assert train.classes == held_out.classes and len(train.classes) == 10
-    share = np.bincount([held_out.label(i) for i in range(191)], minlength=10) / np.bincount(
-        [train.label(i) for i in range(len(train))] + [held_out.label(i) for i in range(191)])
-    assert (abs(share - 0.1) < 0.11).all()  # the smallest category has five
+def test_the_emoji_splits_are_fixed_and_hold_out_things_and_combinations_of_thing_and_style():
+    train, things, pairs = (Emoji(64, split, augment=False) for split in ("train", "held_out", "combinations"))
+    assert [len(train), len(things), len(pairs)] == [6319, 721, 191]
+    assert len(Emoji(64, "held_out", styles=("noto",))) == 191
+    seen, unseen = ({emoji.thing(i)["codepoints"] for i in range(len(emoji))} for emoji in (train, things))
+    assert len(seen) == 1720 and len(unseen) == 191 and not seen & unseen
+    known = {(train.thing(i)["codepoints"], train.style(i)) for i in range(len(train))}
+    for i in range(len(pairs)):
+        code, style = pairs.thing(i)["codepoints"], pairs.style(i)
+        assert (code, style) not in known and any((code, other) in known for other in range(4))
+    assert np.bincount([pairs.style(i) for i in range(191)]).min() > 30
+    assert train.classes == things.classes and len(train.classes) == 10
+    count = [np.bincount([emoji.label(i) for i in range(len(emoji))], minlength=10) for emoji in (train, things)]
+    assert (abs(count[1] / (count[0] + count[1]) - 0.1) < 0.11).all()  # the smallest category has five things
+    assert train.caption(0) == "mahjong red dragon, noto" and train.caption(6318).endswith(", fluent 3d")
+    with pytest.raises(UserError, match="expected train or held_out"):
+        open_data("shapes", 32, "combinations")
 
 
 def test_an_emoji_is_its_tile_and_the_augmentation_depends_on_the_generator_alone():
     plain, augmented = Emoji(64, augment=False), Emoji(64)
     sheet = read_image(os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "emoji64.webp"))
-    for i in (0, 777, 1719):
-        row, column = divmod(plain.members[i], 64)
+    for i in (0, 777, 6318):
+        row, column = divmod(plain.members[i][0], 64)
         tile = sheet.crop((64 * column, 64 * row, 64 * column + 64, 64 * row + 64))
         assert np.array_equal(plain.get(i, None).permute(1, 2, 0), tile)
         a, b, other = (augmented.get(i, np.random.default_rng(seed)) for seed in (1, 1, 2))
         assert a.dtype == torch.uint8 and torch.equal(a, b) and not torch.equal(a, other)
     captions = {plain.caption(i): i for i in range(len(plain))}
-    apple = plain.get(captions["red apple"], None).float()
+    apple = plain.get(captions["red apple, noto"], None).float()
     assert apple[0, 20:50, 20:50].mean() > 2 * apple[2, 20:50, 20:50].mean()
     for size in (16, 32, 100):
         assert Emoji(size).get(3, np.random.default_rng(0)).shape == (3, size, size)
@@ -1370,13 +1379,14 @@ def test_an_emoji_is_its_tile_and_the_augmentation_depends_on_the_generator_alon
 
 def test_no_flag_letter_clock_hand_or_direction_is_mirrored():
     for emoji in (Emoji(64), Emoji(64, "held_out")):
-        for i, record in enumerate(emoji.records):
+        for i in range(len(emoji)):
+            record = emoji.thing(i)
             means = (record["category"] in ("flags", "symbols") or record["subcategory"] == "time"
                      or record["subcategory"].startswith("hand") or re.search(r"\b(left|right)\b", record["caption"]))
             assert not (means and emoji.may_mirror(i)), record["caption"]
     train = Emoji(64)
     assert sum(train.may_mirror(i) for i in range(len(train))) > 300
-    tiger = next(i for i in range(len(train)) if train.caption(i) == "tiger")  # its head is to the left
+    tiger = next(i for i in range(len(train)) if train.caption(i) == "tiger, noto")  # its head is to the left
     looks = [train.get(tiger, np.random.default_rng(seed)).float() for seed in range(40)]
     red_left = [(255 - look[2, :, :32]).mean() > (255 - look[2, :, 32:]).mean() for look in looks]
     assert 8 < sum(red_left) < 32  # about half of them are turned round
@@ -1386,13 +1396,13 @@ def test_a_shape_is_drawn_as_its_factors_and_caption_say():
     shapes = Shapes(64, seed=1)
     for i in range(150):
         scene, pixels = shapes.factors(i), shapes.get(i).float()
-        main = scene.main
+        main = scene.shape
         assert shapes.label(i) == KINDS.index(main.kind)
         assert f"a {scene.size} {main.colour} {main.kind} {scene.place} on a " in shapes.caption(i)
         column, row = (int(3 * (at - 1.12 * main.radius) / (1 - 2.24 * main.radius)) for at in (main.x, main.y))
         assert scene.place == PLACES[3 * row + column]  # so it is also wholly in the picture
-        assert all(math.dist(COLOURS[main.colour], BACKGROUNDS[name]) > 125 for name in scene.background)
-        assert all(np.hypot(e.x - main.x, e.y - main.y) > 1.25 * (e.radius + main.radius) for e in scene.extras)
+        assert math.dist(COLOURS[main.colour], BACKGROUNDS[scene.background]) > 125
+        assert (pixels[:, 0, 0] - torch.tensor(BACKGROUNDS[scene.background])).abs().max() < 3
         across = main.x + (0.8 * main.radius if main.kind == "ring" else 0)  # a ring has no colour in its middle
         drawn = pixels[:, int(main.y * 64), int(across * 64)]
         assert (drawn - torch.tensor(COLOURS[main.colour])).abs().max() < 3, shapes.caption(i)
@@ -1558,7 +1568,7 @@ def test_the_stream_shows_every_item_once_an_epoch_in_a_new_order():
     assert first != [Stream(Shapes(16, length=50), seed=4)[p][2] for p in range(50)]
     emoji = Stream(Emoji(32), seed=3)
     image, _, index = emoji[0]
-    again = 1720 + int(np.flatnonzero(np.random.default_rng((3, 0, 1)).permutation(1720) == index)[0])
+    again = 6319 + int(np.flatnonzero(np.random.default_rng((3, 0, 1)).permutation(6319) == index)[0])
     assert emoji[again][2] == index and not torch.equal(emoji[again][0], image)  # augmented anew each time
 
 
@@ -1573,9 +1583,9 @@ def same(a, b):
 
 def test_a_resumed_stream_and_worker_processes_give_the_same_batches():
     emoji, state = Emoji(32), torch.get_rng_state()
-    whole = take(4, emoji, 200, 0, a_run(), start_step=6)  # position 1720, in the third of these, begins an epoch
-    resumed = take(2, emoji, 200, 0, a_run(), start_step=8)
-    workers = take(4, emoji, 200, 0, a_run(), start_step=6, workers=2)
+    whole = take(4, emoji, 200, 0, a_run(), start_step=29)  # position 6319, in the third of these, begins an epoch
+    resumed = take(2, emoji, 200, 0, a_run(), start_step=31)
+    workers = take(4, emoji, 200, 0, a_run(), start_step=29, workers=2)
     assert all(same(a, b) for a, b in zip(whole, workers, strict=True))
     assert all(same(a, b) for a, b in zip(whole[2:], resumed, strict=True))
     assert torch.equal(torch.get_rng_state(), state)  # loading data must not change the training noise
@@ -2616,7 +2626,7 @@ def test_letters_and_words_in_another_order_are_another_caption():
 
 TINY_PRIOR = dict(data="shapes", views=1, width=32, depth=1, head_dim=16, caption_width=32, caption_depth=1, steps=10,
                   batch_size=8, warmup=2, lr=3e-3, ema_decay=0.5, log_every=2, eval_every=100, eval_images=16,
-                  precision="fp32", device="cpu", split_tokens=True)
+                  precision="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -2927,9 +2937,6 @@ def go_the_whole_way(tmp_path, monkeypatch, vae, **settings):
     train_ar.main(train_ar.ARConfig(
         data=small["data"], tokenizer=out, out=prior, views=1, condition=(), width=32, depth=1, head_dim=16, steps=2,
         batch_size=8, warmup=1, log_every=1, eval_every=100, eval_images=2, precision="fp32", device="cpu"))
-    if not hasattr(tokenizer.quantizer, "levels"):
-        with pytest.raises(UserError, match="--split_tokens: .* has no FSQ"):
-            train_ar.main(train_ar.ARConfig(data=small["data"], tokenizer=out, out=prior + "2", split_tokens=True))
     gpt = GPT.from_pretrained(prior)
     assert gpt.config.vocab_size == tokenizer.quantizer.vocab_size and gpt.notes["tokenizer"] == tokenizer.fingerprint()
     for rows in (tokens, list(gpt.generate(n=2, generator=torch.Generator().manual_seed(0)))):
@@ -3138,7 +3145,7 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     class FewEmoji(Emoji):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
-            self.members, self.records = self.members[::30], self.records[::30]
+            self.members = self.members[::90]
 
     monkeypatch.setattr(evaluate, "Emoji", FewEmoji)
     evaluate.main(["copies", tiny_tokenizer, prior, "--n", "3"])
@@ -4256,7 +4263,7 @@ def test_every_preset_describes_a_model_that_can_be_built():
 
 def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
     tokenizer = FlexTok.from_pretrained(sample.SHIPPED)
-    images = evaluate.spread(Emoji(64, "held_out", augment=False), 16)
+    images = evaluate.spread(Emoji(64, "held_out", augment=False, styles=("noto",)), 16)
     K = tokenizer.config.registers
     tokens = tokenizer.tokenize(images)
     rebuilt = [psnr(evaluate.draw(tokenizer, [row[:, :k] for row in tokens], 10), images).mean() for k in (1, 4, K)]
@@ -4290,10 +4297,10 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
     assert made_by["tokenizer"] == tokenizer.fingerprint() and made_by["classes"] == Emoji(64).classes
     assert gpt.config.length == tokenizer.config.registers and gpt.config.vocab_size == tokenizer.quantizer.vocab_size
     # a training image's first token is likelier under its own class and caption than under no condition at all
-    emoji = Emoji(64, "train", augment=False)
+    emoji = Emoji(64, "train", augment=False, styles=("noto",))
     some = range(0, len(emoji), 60)
     tokens = torch.cat(tokenizer.tokenize(to_float(torch.stack([emoji.get(i, None) for i in some]))))
-    text, mask = gpt.encode_text([emoji.caption(i) for i in some])
+    text, mask = gpt.encode_text([emoji.thing(i)["caption"] for i in some])
     with torch.no_grad():
         asked, unasked = (gpt.loss(tokens, *condition)[1][:, 0].mean().item() for condition in
                           ((torch.tensor([emoji.label(i) for i in some]), text, mask), (None, None, None)))

@@ -5,7 +5,7 @@ Train the prior: a GPT that writes the tokens of a trained tokenizer, by class a
                                 labels, captions ------------>   loss = -log p(token)
 
 Paper: FlexTok, arXiv 2502.13967, section 3.3. Differences: no dropout inside the network; captions are read by a small
-encoder that is trained along, not by a frozen T5; small priors split each token into two halves (end of ar.py).
+encoder that is trained along, not by a frozen T5.
 
     python train_ar.py --preset cpu                                              # after train_tokenizer.py --preset cpu
     python train_ar.py --preset emoji64-cpu
@@ -55,7 +55,6 @@ class ARConfig:
     caption_width: int = 128             # of the caption encoder
     caption_depth: int = 2               # of the caption encoder
     caption_words: int = 48              # longer captions are cut
-    split_tokens: bool = False           # write each token as two halves, for small priors: end of ar.py
     # method
     condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
     word_dropout: float = 0.0            # chance per caption that a coin decides for each word whether it stays
@@ -90,15 +89,15 @@ PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("cl
 PRESETS = {
     "cpu": dict(          # 1 CPU core, 13 minutes, after train_tokenizer.py --preset cpu: drawn scenes
         data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=10, width=128, depth=4, head_dim=32,
-        caption_width=64, split_tokens=True, cfg_scale=3.0,
+        caption_width=64, cfg_scale=3.0,
         steps=7000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=3500),
     "emoji64-cpu": dict(  # 1 CPU core, 10 minutes, on the shipped tokenizer: emoji, by class and caption
         data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=1, augment=False, width=192, depth=4,
-        head_dim=48, caption_width=96, split_tokens=True, word_dropout=0.3, nested_length=True,
+        head_dim=48, caption_width=96, word_dropout=0.3, nested_length=True,
         steps=4500, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.995, log_every=100, eval_every=1500),
     "emoji64": dict(      # one GPU, minutes (not run), after train_tokenizer.py --preset emoji64
         data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior-gpu", views=64, width=384, depth=6,
-        split_tokens=True, steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+        steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
     "49M": dict(          # the paper's smallest (not run): 8 GPUs, ImageNet in --data, a trained --tokenizer
         PAPER, width=SIZES["49M"][0], depth=SIZES["49M"][1], out="out/prior-49M"),
     "85M": dict(          # the paper's (not run)
@@ -194,7 +193,7 @@ def build_prior(config, tokenizer, classes):
         vocab_size=tokenizer.quantizer.vocab_size, length=config.length or tokenizer.config.registers,
         width=config.width, depth=config.depth, head_dim=config.head_dim,
         classes=classes if "class" in config.condition else 0, text_width=config.caption_width if text else 0,
-        levels=tuple(tokenizer.quantizer.levels) if config.split_tokens else (), cfg_scale=config.cfg_scale), text)
+        cfg_scale=config.cfg_scale), text)
 
 
 def parameter_groups(model, config):
@@ -205,7 +204,7 @@ def parameter_groups(model, config):
     equals muP's multiplier of the readout. Embeddings, norms, vectors and what reads captions keep lr.
     """
     def group_of(name, p):
-        if p.dim() != 2 or any(word in name for word in ("embedding", "positions", "given_low")):
+        if p.dim() != 2 or any(word in name for word in ("embedding", "positions")):
             return 0
         return 1 if name.startswith(("text_encoder.", "text_mlp.")) else 2
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -406,8 +405,6 @@ def open_tokenizer(config, run):
     if made_by and not os.path.isdir(name):
         raise UserError(f"--tokenizer {name}: is not there yet; run train_tokenizer.py --preset {made_by} first")
     tokenizer = FlexTok.from_pretrained(name, device=run.device)
-    if config.split_tokens and not hasattr(tokenizer.quantizer, "levels"):
-        raise UserError(f"--split_tokens: {name} has no FSQ, whose digits make the halves; give --no-split_tokens")
     K = tokenizer.config.registers
     if config.length > K:
         raise UserError(f"--length {config.length}: {config.tokenizer} has {K} tokens per image")

@@ -63,6 +63,7 @@ class TrainConfig:
     position_std: float = 0.02       # initial size of register positions; 0.02 official, 1.0 for short runs
     code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
     head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
+    scale_codes: bool = False        # give what FSQ reads a mean square of 1; False official, True for short runs
     init: str = ""                   # a trained tokenizer of these sizes to go on from; empty: random weights
     freeze_encoder: bool = False     # train the decoder alone: tokens, and a prior over them, stay valid
     # method
@@ -212,7 +213,7 @@ def build_tokenizer(config, vae):
         dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth, dec_head_dim=config.head_dim,
         registers=config.registers, levels=tuple(config.levels), drop_quant_p=config.drop_quant_p,
         corrupt_tokens_p=config.corrupt_tokens_p, position_std=config.position_std, code_std=config.code_std,
-        head_std=config.head_std), vae)
+        head_std=config.head_std, scale_codes=config.scale_codes), vae)
 
 
 def go_on_from(directory, tokenizer):
