@@ -31,7 +31,7 @@ from common import (UserError, autocast, check_output, check_range, command, fro
                     pick_device, read_json, replacing, shipped, shown, write_json)
 from data import Emoji, list_files, report_skipped, spread
 from evaluate import conditions, draw, load
-from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_image, to_tensor
+from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_float, to_image, to_tensor
 from model import FlexTok, powers_of_two
 
 SHIPPED = "assets/emoji64"
@@ -79,10 +79,10 @@ class Generate:
 
 @dataclass
 class Mix:
-    """Decode the first j tokens of one image with the later tokens of another: what do the first ones hold?"""
-    paths: tuple = ()                 # images, the first mixed with the second and so on; none: held-out emoji
+    """Give image A the first 1, 2, 4, ... tokens of image B: what do the first ones hold?"""
+    paths: tuple = ()                 # images A B A B ...; none: held-out emoji, the same thing in two styles
     out: str = "out/mix.png"          # the picture to write
-    n: int = 8                        # at most this many rows
+    n: int = 8                        # at most this many pairs
     timesteps: int = 25               # steps of the flow sampler
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the checkpoint recommends
     seed: int = 0                     # of the sampler's noise
@@ -179,19 +179,19 @@ def generate(config):
 
 
 def mix(config):
-    """Write the grid: B, then tokens 1..j of A with j+1..K of B for j = 0, 1, 2, 4, ..., K, then A; a row per pair."""
+    """Write the grid: A; A with its first 0, 1, 2, 4, ..., K tokens taken from B; B. A row per pair of images."""
     check_sampling(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
     tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
     A, B = pairs(config, tokenizer)                                               # (n, 3, H, W) each
-    first, rest = (torch.cat(tokenizer.tokenize(images)) for images in (A, B))    # (n, K) each
+    rest, first = (torch.cat(tokenizer.tokenize(images)) for images in (A, B))    # (n, K) each
     js, columns = [0, *powers_of_two(first.shape[1])], []
     for j in js:
         columns.append(sample(tokenizer, list(torch.cat([first[:, :j], rest[:, j:]], 1)), config))  # (n, 3, H, W)
         to_a, to_b = (psnr(columns[-1], images).mean() for images in (A, B))
-        print(f"tokens 1 to {j:3d} of A, the rest of B: {to_a:.2f} dB to A, {to_b:.2f} dB to B")
-    write_rows(config.out, [B, *columns, A], ["B", *(f"j={j}" for j in js), "A"])
+        print(f"first {j:3d} tokens of B, the rest of A: {to_a:.2f} dB to A, {to_b:.2f} dB to B")
+    write_rows(config.out, [A, *columns, B], ["A", *(f"{j} of B" for j in js), "B"])
 
 
 def encode(config):
@@ -259,11 +259,20 @@ def chosen(config, tokenizer):
 
 
 def pairs(config, tokenizer):
-    """Images A and B for `mix`, (n, 3, H, W) each: neighbours among the images asked for, each as A and as B."""
-    _, images = chosen(config, tokenizer)
-    if len(images) % 2:
-        raise UserError(f"mix: {len(images)} images, expected an even number")
-    return images, images.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)             # (n, 3, H, W) each
+    """A and B of `mix`, (n, 3, H, W) each: neighbours among `paths`, or else held-out emoji, a thing in two styles."""
+    if config.paths:
+        images = [image for _, image in itertools.islice(read_images(config.paths, tokenizer.image_size), 2 * config.n)]
+        if len(images) % 2:
+            raise UserError(f"mix: {len(images)} images, expected an even number")
+    else:
+        emoji, places = Emoji(max(tokenizer.image_size), "held_out", augment=False), {}
+        for i in range(len(emoji)):
+            places.setdefault(emoji.thing(i)["codepoints"], []).append(i)  # the styles of one thing
+        things = [(styles[0], styles[-1]) for styles in places.values() if len(styles) > 1]
+        n = min(config.n, len(things))
+        images = [to_float(emoji.get(i, None)) for row in range(n) for i in things[row * len(things) // n]]
+    images = torch.stack(images).to(pick_device(config.device))                   # (2 n, 3, H, W)
+    return images[0::2], images[1::2]                                             # (n, 3, H, W) each
 
 
 def titles(labels, captions, gpt, n):

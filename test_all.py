@@ -4227,13 +4227,21 @@ def test_mix_takes_the_first_tokens_of_one_image_and_the_rest_of_another(tmp_pat
         Image.new("RGB", (16, 16), colour).save(f"{i}.png")
     seen = []
     monkeypatch.setattr(sample, "sample", lambda tokenizer, tokens, config: seen.append(torch.stack(tokens)) or
-                        torch.zeros(2, 3, 16, 16))
+                        torch.zeros(1, 3, 16, 16))
     sample.main(["mix", "0.png", "1.png", "--checkpoint", tiny_tokenizer])
     both = torch.stack([to_tensor(read_image(f"{i}.png")) for i in range(2)])
     a, b = torch.cat(FlexTok.from_pretrained(tiny_tokenizer).tokenize(both)).tolist()
-    assert [mixed.tolist() for mixed in seen] == [[a[:j] + b[j:], b[:j] + a[j:]] for j in (0, 1, 2, 4)]
+    assert [mixed.tolist() for mixed in seen] == [[b[:j] + a[j:]] for j in (0, 1, 2, 4)]
     assert a != b and capsys.readouterr().out.count("dB to B") == 4
-    assert 6 * 128 < Image.open("out/mix.png").size[0] < 7 * 128  # B, four mixtures, A
+    width, height = Image.open("out/mix.png").size
+    assert 6 * 128 < width < 7 * 128 and 128 < height < 2 * 128  # A, four mixtures, B
+    tokenizer = FlexTok.from_pretrained(tiny_tokenizer)
+    A, B = sample.pairs(sample.Mix(n=3), tokenizer)
+    held_out = Emoji(16, "held_out", augment=False)
+    everyone = to_float(torch.stack([held_out.get(i, None) for i in range(len(held_out))]))
+    captions = [held_out.caption((everyone == x).flatten(1).all(1).nonzero()[0].item()) for x in (A[1], B[1])]
+    (thing, style), (same, another) = (caption.rsplit(", ", 1) for caption in captions)
+    assert thing == same and style != another and A.shape == B.shape == (3, 3, 16, 16)
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
