@@ -180,7 +180,7 @@ def shipped(path):
     return beside if re.match(r"assets[/\\]", path) and not os.path.exists(path) and os.path.exists(beside) else path
 
 
-def check_output(path):
+def check_output(path, flag="--out"):
     """Raise `UserError` if `path`, a file or a folder of several, cannot be written. To be asked before computing."""
     try:
         os.lstat(path)
@@ -192,9 +192,9 @@ def check_output(path):
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder):
-        raise UserError(f"--out {path}: {folder} is not a folder")
+        raise UserError(f"{flag} {path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--out {path}: {folder} cannot be written to; name another place")
+        raise UserError(f"{flag} {path}: {folder} cannot be written to; name another place")
 
 
 # ---------------------------------------------------------------------------------------------------------------

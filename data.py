@@ -219,7 +219,8 @@ class Shapes:
     def caption(self, i):
         """For example "a large red star in the top left on a light blue background"."""
         scene = self.factors(i)
-        return f"a {scene.size} {scene.shape.colour} {scene.shape.kind} {scene.place} on a {scene.background} background"
+        what = f"{scene.size} {scene.shape.colour} {scene.shape.kind}"
+        return f"a {what} {scene.place} on a {scene.background} background"
 
     def factors(self, i):
         """Item i -> Scene."""

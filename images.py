@@ -1,15 +1,20 @@
 """
-Image files in and out, and what one looks at: tensors and PIL images, PSNR, grids, animations, training curves.
+Image files in and out, and what one looks at: tensors and PIL images, PSNR, grids, animations, pages, training curves.
 
     file --read_image--> PIL RGB --fit, to_tensor--> (3, H, W) in [-1, 1] --to_image--> PIL RGB --save_grid--> PNG
+                                                                                                --save_page--> HTML
     log.jsonl --save_curves--> PNG: loss, loss by t, PSNR by k, learning rate
 
     python images.py        # 1 s: draws the training curves of a shipped run, out/curves.png            Next: data.py
 """
+import base64
+import html
+import io
 import itertools
 import json
 import math
 import os
+import re
 import warnings
 from contextlib import contextmanager, suppress
 
@@ -180,6 +185,54 @@ def save_animation(path, frames, milliseconds):
     with replacing(path) as temporary:
         frames[0].save(temporary, format="WEBP" if path.endswith(".webp") else "GIF", save_all=True,
                        append_images=frames[1:], duration=[milliseconds] * (len(frames) - 1) + [2000], loop=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A page with a slider over k
+
+
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "extras", "page.html")  # its looks and its script
+
+
+def save_page(path, title, intro, names, originals, rebuilt, tokens, vocab_size):
+    """Write one HTML file that needs no other and no network: images, their first k tokens, and a slider over k.
+
+    names: B texts, which may hold anything. originals: (B, 3, H, W) in [-1, 1], or None. rebuilt: {k: (B, 3, H, W)}.
+    tokens: (B, K) integers below vocab_size. Raises `UserError` if the system refuses to write the file.
+    """
+    ks, (height, width) = sorted(rebuilt), next(iter(rebuilt.values())).shape[2:]
+    columns, least = (1, 192) if originals is None else (2, 128)
+    enlarged = width * max(1, -(-least // min(width, height)))  # by a whole factor, as in `draw_grid`
+    values = {"title": title, "intro": intro, "ks": " ".join(map(str, ks)), "last": len(ks) - 1, "start": len(ks) // 4,
+              "columns": columns, "width": enlarged, "digits": len(str(vocab_size - 1)), "registers": tokens.shape[1],
+              "vocab_size": vocab_size, "pixel_bytes": 3 * height * width}
+    values = {name: html.escape(str(value)) for name, value in values.items()}
+    values["cards"] = "\n".join(
+        _card(name, None if originals is None else originals[i], {k: rebuilt[k][i] for k in ks}, tokens[i].tolist(),
+              enlarged) for i, name in enumerate(names))
+    with open(TEMPLATE, encoding="utf-8") as file:  # all at once: a name may hold double braces as well
+        page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], file.read())
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as file:
+        file.write(page)  # errors: a file's name may be any bytes
+
+
+def _card(name, original, rebuilt, tokens, width):
+    """The HTML of one image: name, original (3, H, W) or None, {k: (3, H, W)} of which one is shown, all its tokens."""
+    name = html.escape(name)
+    def img(image, alt, more=""):
+        stream = io.BytesIO()
+        to_image(image).save(stream, format="WEBP", quality=90)
+        data = base64.b64encode(stream.getvalue()).decode()
+        height = round(width * image.shape[1] / image.shape[2])
+        return (f'<img alt="{name}, {alt}" width="{width}" height="{height}" {more}decoding="sync" '
+                f'src="data:image/webp;base64,{data}">')
+    frames = [img(image, f"from {k} token{'s' * (k > 1)}", f'data-k="{k}" ') for k, image in rebuilt.items()]
+    first = [] if original is None else [
+        "<figure>", img(original, "original"), "<figcaption>original</figcaption></figure>"]
+    ids = "".join(f"<li><span>{token}</span></li>" for token in tokens)
+    return "\n".join([f'<article><h2 dir="auto">{name}</h2><div class="images">', *first, "<figure>", *frames,
+                      '<figcaption class="count"></figcaption></figure></div>',
+                      f'<ol aria-label="tokens of {name}">{ids}</ol></article>'])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 Use trained models from the command line: rebuild images from few tokens, generate new ones, tokens to a file and back.
 
     images --reconstruct--> a picture, a column per k      class or sentence --generate--> new images, or an animation
-    images --encode--> tokens.json or .npy --decode--> images
+    images --encode--> tokens.json or .npy --decode--> images      pairs of images --mix--> whose tokens say what?
 
     python sample.py                                          # out/reconstruct.png and out/generate.png, of emoji
     python sample.py generate --text "red heart" --n 4        # a sentence; or --label food-and-drink, or --label 3
     python sample.py generate --label 5 --stream              # out/generate.webp: the image sharpens as tokens arrive
     python sample.py reconstruct a.jpg photos/ --n 4          # your images: any size, the centre is cut out
+    python sample.py reconstruct --html out/page.html         # a page with a slider over k, for any browser; 1 min
+    python sample.py mix                                      # out/mix.png: first tokens of one, the rest of another
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
 
@@ -29,17 +31,19 @@ from common import (UserError, autocast, check_output, check_range, command, fro
                     pick_device, read_json, replacing, shipped, shown, write_json)
 from data import Emoji, list_files, report_skipped, spread
 from evaluate import conditions, draw, load
-from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, to_image, to_tensor
+from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_float, to_image, to_tensor
 from model import FlexTok, powers_of_two
 
 SHIPPED = "assets/emoji64"
+EVERY_K = 64  # up to this many tokens, the slider of a page stops at each
 
 
 @dataclass
 class Reconstruct:
-    """Rebuild images from 1, 2, 4, ... tokens. Commands: reconstruct, generate, encode, decode; each has its --help."""
+    """Rebuild images from 1, 2, 4, ... tokens. Commands: reconstruct, generate, mix, encode, decode; --help of each."""
     paths: tuple = ()                 # images and folders; none: held-out emoji
     out: str = "out/reconstruct.png"  # the picture to write
+    html: str = ""                    # a page to write as well, with a slider over the number of tokens
     n: int = 8                        # at most this many images
     ks: tuple = (0,)                  # numbers of tokens; 0: 1, 2, 4, ..., all
     timesteps: int = 25               # steps of the flow sampler
@@ -54,6 +58,7 @@ class Reconstruct:
 class Generate:
     """Write new images with the prior: from a class, from a sentence, or one of each class."""
     out: str = "out/generate.png"     # the picture to write; with --stream a .webp or .gif
+    html: str = ""                    # a page to write as well, with a slider over the number of tokens
     label: str = ""                   # class to draw, its number or its name
     text: tuple = ("",)               # sentences to draw, in turn
     n: int = 10                       # how many images
@@ -70,6 +75,20 @@ class Generate:
     prior: str = SHIPPED + "/prior"   # directory of a prior trained on its tokens
     device: str = "auto"              # auto, cpu, cuda, mps
     precision: str = "auto"           # fp32 or bf16, of decoder and prior; auto: bf16 on CUDA from Ampere on, else fp32
+
+
+@dataclass
+class Mix:
+    """Give image A the first 1, 2, 4, ... tokens of image B: what do the first ones hold?"""
+    paths: tuple = ()                 # images A B A B ...; none: held-out emoji, the same thing in two styles
+    out: str = "out/mix.png"          # the picture to write
+    n: int = 8                        # at most this many pairs
+    timesteps: int = 25               # steps of the flow sampler
+    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the checkpoint recommends
+    seed: int = 0                     # of the sampler's noise
+    checkpoint: str = SHIPPED         # directory of a tokenizer
+    device: str = "auto"              # auto, cpu, cuda, mps
+    precision: str = "auto"           # fp32 or bf16, of the flow decoder; auto: bf16 on CUDA from Ampere on, else fp32
 
 
 @dataclass
@@ -97,7 +116,7 @@ class Decode:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The four commands
+# The five commands
 
 
 def reconstruct(config):
@@ -105,21 +124,18 @@ def reconstruct(config):
     check_sampling(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
+    check_page(config)
     tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
     K = tokenizer.config.registers
     ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
-    if config.paths:
-        read = itertools.islice(read_images(config.paths, tokenizer.image_size), config.n)
-        images = torch.stack([image for _, image in read])
-    else:  # what the shipped weights were not trained on
-        images = spread(Emoji(max(tokenizer.image_size), "held_out", augment=False, styles=("noto",)), config.n)
-    images = images.to(pick_device(config.device))                                # (B, 3, H, W)
+    names, images = chosen(config, tokenizer)
     tokens = tokenizer.tokenize(images, k=max(ks))                                # B x (1, k)
-    columns = [images]
-    for k in ks:
-        columns.append(sample(tokenizer, [row[:, :k] for row in tokens], config))  # (B, 3, H, W)
-        print(f"k = {k:3d}: {psnr(columns[-1], images).mean():.2f} dB")
-    write_rows(config.out, columns, ["original", *(f"k={k}" for k in ks)])
+    rebuilt = {}
+    for k in stops(config, ks) if config.ks == (0,) else ks:
+        rebuilt[k] = sample(tokenizer, [row[:, :k] for row in tokens], config)    # (B, 3, H, W)
+        print(f"k = {k:3d}: {psnr(rebuilt[k], images).mean():.2f} dB")
+    write_rows(config.out, [images, *(rebuilt[k] for k in ks)], ["original", *(f"k={k}" for k in ks)])
+    write_page(config, "Images from their first tokens", names, images, rebuilt, torch.cat(tokens), tokenizer)
 
 
 def generate(config):
@@ -133,11 +149,15 @@ def generate(config):
         check_range(config, 0, math.inf, "temperature")
     out = "out/generate.webp" if config.stream and config.out == Generate.out else config.out
     check_ending(out, *((".webp", ".gif") if config.stream else (".png",)))
+    check_page(config)
+    if config.html and config.stream:
+        raise UserError("--html and --stream: choose one; the page shows every step as well")
     dtype = torch.bfloat16 if in_bf16(config) else torch.float32
     tokenizer, gpt = load(config.checkpoint, config.prior, pick_device(config.device), dtype)
     k, = token_counts([config.k], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
-    writing = gpt.generate(*conditions(gpt, *asked_for(config, gpt)), k=k,
+    labels, captions = asked_for(config, gpt)
+    writing = gpt.generate(*conditions(gpt, labels, captions), k=k,
                            cfg_scale=config.cfg_scale or gpt.config.cfg_scale,
                            temperature=recommended if config.temperature == -1 else config.temperature,
                            top_k=config.top_k, top_p=config.top_p, n=config.n, stream=True,
@@ -152,7 +172,26 @@ def generate(config):
         return print(f"wrote {out}")
     tokens = list(writing)[-1]                                                    # (n, k)
     ks = powers_of_two(k)
-    write_rows(out, [sample(tokenizer, list(tokens[:, :k]), config) for k in ks], [f"k={k}" for k in ks])
+    drawn = {k: sample(tokenizer, list(tokens[:, :k]), config) for k in stops(config, ks)}  # (n, 3, H, W) each
+    write_rows(out, [drawn[k] for k in ks], [f"k={k}" for k in ks])
+    write_page(config, "New images, token by token", titles(labels, captions, gpt, config.n), None, drawn, tokens,
+               tokenizer)
+
+
+def mix(config):
+    """Write the grid: A; A with its first 0, 1, 2, 4, ..., K tokens taken from B; B. A row per pair of images."""
+    check_sampling(config)
+    check_range(config, 1, math.inf, "n")
+    check_ending(config.out, ".png")
+    tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    A, B = pairs(config, tokenizer)                                               # (n, 3, H, W) each
+    rest, first = (torch.cat(tokenizer.tokenize(images)) for images in (A, B))    # (n, K) each
+    js, columns = [0, *powers_of_two(first.shape[1])], []
+    for j in js:
+        columns.append(sample(tokenizer, list(torch.cat([first[:, :j], rest[:, j:]], 1)), config))  # (n, 3, H, W)
+        to_a, to_b = (psnr(columns[-1], images).mean() for images in (A, B))
+        print(f"first {j:3d} tokens of B, the rest of A: {to_a:.2f} dB to A, {to_b:.2f} dB to B")
+    write_rows(config.out, [A, *columns, B], ["A", *(f"{j} of B" for j in js), "B"])
 
 
 def encode(config):
@@ -207,6 +246,42 @@ def decode(config):
 # Models and what they are asked for
 
 
+def chosen(config, tokenizer):
+    """The images asked for, at most --n: those of `paths`, or else held-out emoji -> names, images (B, 3, H, W)."""
+    if config.paths:
+        read = list(itertools.islice(read_images(config.paths, tokenizer.image_size), config.n))
+        names, images = [os.path.basename(name) for name, _ in read], torch.stack([image for _, image in read])
+    else:  # what the shipped weights were not trained on
+        emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False, styles=("noto",))
+        images = spread(emoji, config.n)
+        names = [emoji.caption(i * len(emoji) // len(images)) for i in range(len(images))]
+    return names, images.to(pick_device(config.device))
+
+
+def pairs(config, tokenizer):
+    """A and B of `mix`, (n, 3, H, W) each: neighbours among `paths`, or else held-out emoji, a thing in two styles."""
+    if config.paths:
+        images = [image for _, image in itertools.islice(read_images(config.paths, tokenizer.image_size), 2 * config.n)]
+        if len(images) % 2:
+            raise UserError(f"mix: {len(images)} images, expected an even number")
+    else:
+        emoji, places = Emoji(max(tokenizer.image_size), "held_out", augment=False), {}
+        for i in range(len(emoji)):
+            places.setdefault(emoji.thing(i)["codepoints"], []).append(i)  # the styles of one thing
+        things = [(styles[0], styles[-1]) for styles in places.values() if len(styles) > 1]
+        n = min(config.n, len(things))
+        images = [to_float(emoji.get(i, None)) for row in range(n) for i in things[row * len(things) // n]]
+    images = torch.stack(images).to(pick_device(config.device))                   # (2 n, 3, H, W)
+    return images[0::2], images[1::2]                                             # (n, 3, H, W) each
+
+
+def titles(labels, captions, gpt, n):
+    """What each of n new images was asked for by, in words: its caption, its class or both."""
+    names = dict(enumerate(gpt.notes.get("classes", [])))
+    labels = [""] * n if labels is None else [names.get(i, f"class {i}") for i in labels.tolist()]
+    return [", ".join(filter(None, words)) or "new image" for words in zip(captions or [""] * n, labels)]
+
+
 def asked_for(config, gpt):
     """--label and --text -> labels (n,) or None, n captions or None. With neither, the classes take turns, if any."""
     known, names, n = gpt.config.classes, gpt.notes.get("classes", []), config.n
@@ -259,12 +334,18 @@ def check_sampling(config):
     in_bf16(config)
 
 
-def check_ending(out, *endings):
+def check_ending(out, *endings, flag="--out"):
     """Raise `UserError` if `out` has none of these endings ("": a folder), or its place cannot be written to."""
     if os.path.splitext(out)[1] not in endings:
         expected = " or ".join(ending or "none, for a folder" for ending in endings)
-        raise UserError(f"--out {out}: expected the ending {expected}")
-    check_output(out)
+        raise UserError(f"{flag} {out}: expected the ending {expected}")
+    check_output(out, flag)
+
+
+def check_page(config):
+    """Raise `UserError` if --html is asked for and cannot be written."""
+    if config.html:
+        check_ending(config.html, ".html", flag="--html")
 
 
 def token_counts(ks, most):
@@ -349,7 +430,23 @@ def write_rows(path, columns, header):
     print(f"wrote {path}")
 
 
-COMMANDS = {"reconstruct": (reconstruct, Reconstruct), "generate": (generate, Generate),
+def stops(config, ks):
+    """The numbers of tokens to decode: those of the picture, `ks` = 1, 2, 4, ..., k; for a page all, if few enough."""
+    return range(1, ks[-1] + 1) if config.html and ks[-1] <= EVERY_K else ks
+
+
+def write_page(config, title, names, images, drawn, tokens, tokenizer):
+    """With --html, write the page: images (B, 3, H, W) or None, drawn {k: (B, 3, H, W)} of tokens (B, K)."""
+    if config.html:
+        did = "A GPT wrote each image as" if images is None else "FlexTok turned each image into"
+        intro = (f"{did} {tokens.shape[1]} numbers, its tokens. The first say what matters most, each further one adds "
+                 "detail; what they leave open is invented, so any number of them makes a whole image. Drag the "
+                 "slider, or select it and press the arrow keys.")
+        save_page(config.html, title, intro, names, images, drawn, tokens, tokenizer.quantizer.vocab_size)
+        print(f"wrote {config.html}")
+
+
+COMMANDS = {"reconstruct": (reconstruct, Reconstruct), "generate": (generate, Generate), "mix": (mix, Mix),
             "encode": (encode, Encode), "decode": (decode, Decode)}
 
 

@@ -4,10 +4,12 @@ All tests, in reading order. Each section's header says which mistakes it exists
     python -m pytest -q          # or: python test_all.py
 """
 import ast
+import base64
 import copy
 import dataclasses
 import glob
 import hashlib
+import html.parser
 import http.server
 import inspect
 import io
@@ -49,7 +51,8 @@ import train_tokenizer
 import vae as vae_module
 from ar import GPT, DigitTable, GPTConfig, cross_entropy, draw, in_halves, probabilities
 from common import Average, Run, UserError, from_cli, learning_rate, replacing
-from images import check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, to_image, to_tensor
+from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, to_image,
+                    to_tensor)
 from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, files_digest, list_files,
                   open_data, split_paths, to_float)
 from fsq import FSQ
@@ -4158,6 +4161,96 @@ def test_sample_rebuilds_encodes_and_decodes_from_the_command_line(tmp_path, mon
     assert open("a.png", "rb").read() == open("b.png", "rb").read()
 
 
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a file of `save_page`: all tags with their attributes, and all text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.source = open(path, encoding="utf-8").read()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_a_page_is_one_file_that_fetches_nothing_and_shows_every_image_with_its_text(tmp_path):
+    originals, rebuilt = torch.rand(2, 3, 16, 24) * 2 - 1, {k: torch.full((2, 3, 16, 24), 1 / k) for k in (4, 1)}
+    tokens = torch.tensor([[5, 6, 7, 8], [999, 0, 1, 2]])
+    names = ['<script src="http://a.b/c">alert(1)</script>"\'& {{cards}}', "caf\udce9 \ud800"]
+    save_page(tmp_path / "page.html", "Title", "Intro", names, originals, rebuilt, tokens, 1000)
+    page = Page(tmp_path / "page.html")
+    assert names[0] in page.texts and "caf? ?" in page.texts  # as text, and nothing of it as a tag
+    assert len(page.all("script")) == 1 and page.all("script") == [{}]
+    fetched = [value for _, attributes in page.tags for name, value in attributes.items()
+               if name in ("src", "href", "srcset", "action", "poster", "data")]
+    assert len(fetched) == 7 and all(value.startswith("data:") for value in fetched)
+    rest = re.sub(r"base64,[^\"]*", "", page.source.replace(html.escape(names[0]), ""))
+    assert not re.search(r"https?:|//\w|url\(|@import|fetch\(", rest) and "{{" not in rest
+    policy = page.all("meta")[2]
+    assert policy["http-equiv"] == "Content-Security-Policy" and policy["content"].startswith("default-src 'none'")
+    assert [(img["alt"].removeprefix(names[0]), img.get("data-k")) for img in page.all("img")][:3] == \
+        [(", original", None), (", from 1 token", "1"), (", from 4 tokens", "4")]
+    assert all(img["alt"] and img["width"] == "192" and img["height"] == "128" for img in page.all("img"))
+    shown = [to_tensor(read_image(io.BytesIO(base64.b64decode(img["src"].partition(",")[2])))).mean()
+             for img in page.all("img")[1:3]]
+    assert np.allclose(shown, [1, 0.25], atol=0.03)
+    slider, = page.all("input")
+    assert [slider[name] for name in ("type", "min", "max", "data-ks")] == ["range", "0", "1", "1 4"]
+    assert [text for text in page.texts if text.isdigit()] == ["5", "6", "7", "8", "999", "0", "1", "2"]
+    assert "K = 4, bitsPerToken = Math.log2(1000), pixelBytes = 1152" in page.source
+
+
+def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--checkpoint", tiny_tokenizer, "--timesteps", "1"]
+    noise_image(20, 20).save("<b>&.png")
+    sample.main(["reconstruct", "<b>&.png", *small, "--html", "new/page.html"])
+    page = Page("new/page.html")
+    assert [img.get("data-k") for img in page.all("img")] == [None, "1", "2", "3", "4"]
+    assert page.all("b") == [{"id": "count"}] and "<b>&.png" in page.texts
+    stored = FlexTok.from_pretrained(tiny_tokenizer).tokenize(to_tensor(fit(read_image("<b>&.png"), 16))[None])[0]
+    assert [int(text) for text in page.texts if text.isdigit()] == stored[0].tolist()
+    sample.main(["reconstruct", *small, "--html", "page.html", "--n", "2", "--ks", "4", "1"])
+    page, emoji = Page("page.html"), Emoji(16, "held_out")
+    assert [img.get("data-k") for img in page.all("img")] == [None, "1", "4"] * 2
+    assert emoji.caption(0) in page.texts and emoji.caption(len(emoji) // 2) in page.texts
+    prior = a_small_prior(tmp_path / "prior", FlexTok.from_pretrained(tiny_tokenizer))
+    sample.main(["generate", *small, "--prior", prior, "--text", "<i>", "--label", "ring", "--html", "new.html"])
+    page = Page("new.html")
+    assert [img["data-k"] for img in page.all("img")] == ["1", "2", "3", "4"] * 10
+    assert page.texts.count("<i>, ring") == 10 and Image.open("out/generate.png").size[1] > 1280
+
+
+def test_mix_takes_the_first_tokens_of_one_image_and_the_rest_of_another(tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i, colour in enumerate(("black", "orange")):
+        Image.new("RGB", (16, 16), colour).save(f"{i}.png")
+    seen = []
+    monkeypatch.setattr(sample, "sample", lambda tokenizer, tokens, config: seen.append(torch.stack(tokens)) or
+                        torch.zeros(1, 3, 16, 16))
+    sample.main(["mix", "0.png", "1.png", "--checkpoint", tiny_tokenizer])
+    both = torch.stack([to_tensor(read_image(f"{i}.png")) for i in range(2)])
+    a, b = torch.cat(FlexTok.from_pretrained(tiny_tokenizer).tokenize(both)).tolist()
+    assert [mixed.tolist() for mixed in seen] == [[b[:j] + a[j:]] for j in (0, 1, 2, 4)]
+    assert a != b and capsys.readouterr().out.count("dB to B") == 4
+    width, height = Image.open("out/mix.png").size
+    assert 6 * 128 < width < 7 * 128 and 128 < height < 2 * 128  # A, four mixtures, B
+    tokenizer = FlexTok.from_pretrained(tiny_tokenizer)
+    A, B = sample.pairs(sample.Mix(n=3), tokenizer)
+    held_out = Emoji(16, "held_out", augment=False)
+    everyone = to_float(torch.stack([held_out.get(i, None) for i in range(len(held_out))]))
+    captions = [held_out.caption((everyone == x).flatten(1).all(1).nonzero()[0].item()) for x in (A[1], B[1])]
+    (thing, style), (same, another) = (caption.rsplit(", ", 1) for caption in captions)
+    assert thing == same and style != another and A.shape == B.shape == (3, 3, 16, 16)
+
+
 def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monkeypatch, capsys):
     checkpoint = a_saved_tokenizer(tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
@@ -4205,7 +4298,14 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
             (tokens("i.json", [[1, None, 3]]), "i.json: .*None"),
             (["decode", "header.npy"], "header.npy: cannot be read"),
             (["genrate", "--n", "2"], "genrate: .*did you mean generate"),
-            (["image.png", "--out", "locked/new/x.png"], "locked cannot be written")]:
+            (["image.png", "--out", "locked/new/x.png"], "locked cannot be written"),
+            (["image.png", "--html", "page.txt"], "--html page.txt: expected the ending .html"),
+            (["image.png", "--html", "locked/x.html"], "--html locked/x.html: .*locked cannot be written"),
+            (["image.png", "--html", "image.png/x.html"], "--html image.png/x.html: .*not a folder"),
+            (["generate", "--html", "locked/x.html"], "--html locked/x.html: .*locked cannot be written"),
+            (["generate", "--html", "x.html", "--stream"], "--html and --stream: choose one"),
+            (["mix", "image.png"], "mix: 1 images, expected an even number"),
+            (["mix", "image.png", "gone.png"], "gone.png"), (["mix", "--out", "mix.gif"], "mix.gif.*png")]:
         if "--checkpoint" not in arguments:
             arguments = [*arguments, "--checkpoint", checkpoint]
         with pytest.raises(SystemExit) as caught:
@@ -4223,8 +4323,8 @@ def test_a_typo_in_a_flag_ends_the_script_without_a_traceback(tmp_path, script):
 
 
 @pytest.mark.parametrize("Config", [
-    train_tokenizer.TrainConfig, VAETrainConfig, sample.Reconstruct, sample.Generate, sample.Encode, sample.Decode,
-    evaluate.Reconstruction, evaluate.Judge, evaluate.Copies])
+    train_tokenizer.TrainConfig, VAETrainConfig, sample.Reconstruct, sample.Generate, sample.Mix, sample.Encode,
+    sample.Decode, evaluate.Reconstruction, evaluate.Judge, evaluate.Copies])
 def test_every_flag_has_a_help_text(Config, capsys):
     with pytest.raises(SystemExit) as caught:
         from_cli(Config, argv=["--help"], positional="paths")
