@@ -487,10 +487,16 @@ def get_readable(dataset, i, rng):
     raise UserError("no image of the data set can be read any more")
 
 
+def spread_rows(dataset, count):
+    """`count` places evenly spread over a data set (which may be sorted by class), or all: a list of n."""
+    n = min(count, len(dataset))
+    return [i * len(dataset) // n for i in range(n)]
+
+
 def spread(dataset, count):
-    """`count` images evenly spread over a data set (which may be sorted by class), or all: (n, 3, S, S) in [-1, 1]."""
-    n, rng = min(count, len(dataset)), np.random.default_rng(0)
-    images = [get_readable(dataset, i * len(dataset) // n, rng)[0] for i in range(n)]
+    """The images at `spread_rows`: (n, 3, S, S) in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    images = [get_readable(dataset, i, rng)[0] for i in spread_rows(dataset, count)]
     return to_float(torch.stack(images))                                          # (n, 3, S, S)
 
 

@@ -1,17 +1,18 @@
 """
 Every number about quality: how well tokens rebuild an image, how well a prior foresees them, what its images are worth.
 
-    images --tokenize--> tokens --first k--> detokenize --> PSNR in dB, for k = 1, 2, 4, ..., K    (reconstruction)
-    held-out tokens, conditions --prior--> -log p(token), by position                              (held_out_loss)
-    class, caption --prior--> images --a classifier of real ones--> share of right answers         (judge)
-                              images --nearest training image--> share of near copies              (copies)
+    images --tokenize--> tokens --first k--> detokenize --> images: PSNR, SSIM, and what a judge sees  (reconstruction)
+    held-out tokens, conditions --prior--> -log p(token), by position                                  (held_out_loss)
+    caption, class --prior--> images: what a judge sees; is it a copy of a training picture?    (generation, copies)
 
-The paper (FlexTok, arXiv 2502.13967, section 4) reports FID and CLIP scores of 50,000 images, which need networks that
-are not here; these measures need none. The trainers call the first two at every evaluation.
+The judge is a small network that is trained here, in a minute, to name what is in a training picture: of an emoji the
+thing and its style, of a drawn scene kind, colour, background and place. Its features are the space in which pictures
+are compared. The paper (FlexTok, arXiv 2502.13967, section 4) reports FID and CLIP scores of 50,000 images, which need
+networks that are not here. The trainers call the first two at every evaluation.
 
-    python evaluate.py reconstruction                # shipped weights, 45 s on a CPU thread: 12.7 dB at k=1, 19.0 at 32
-    python evaluate.py judge out/cpu out/cpu-prior   # minutes, after train_tokenizer.py and train_ar.py --preset cpu
-    python evaluate.py copies                        # minutes, shipped weights: 51 of 100 new emoji are near copies
+    python evaluate.py reconstruction                     # shipped weights and held-out emoji; a few minutes on a CPU
+    python evaluate.py generation out/cpu out/cpu-prior --data shapes   # after both trainers' --preset cpu
+    python evaluate.py copies                             # shipped weights: how many new emoji are near copies?
 Next: train_tokenizer.py
 """
 import sys
@@ -25,8 +26,8 @@ from torch import nn
 from ar import GPT
 from common import (Means, Run, UserError, autocast, check_output, check_range, command, from_cli, learning_rate,
                     nearest, pick_device)
-from data import COLOURS, KINDS, Emoji, Shapes, open_data, spread
-from images import psnr, save_grid, to_float
+from data import BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Shapes, open_data, spread, spread_rows
+from images import psnr, save_grid, ssim, to_float
 from model import FlexTok, powers_of_two
 
 GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are reported apart: where are the bits?
@@ -34,10 +35,12 @@ GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are rep
 
 @dataclass
 class Reconstruction:
-    """PSNR of held-out images rebuilt from 1, 2, 4, ... tokens."""
+    """Held-out images rebuilt from 1, 2, 4, ... tokens, in numbers, with intervals that 95 % of samples fall into."""
     tokenizer: str = "assets/emoji64"    # directory of a tokenizer
-    data: str = "emoji"                  # emoji, shapes, or a folder of images, of which the held-out tenth is used
+    data: str = "emoji"                  # emoji, shapes, or a folder of images
+    split: str = "held_out"              # held_out, or of emoji: combinations
     n: int = 64                          # at most this many images
+    judge_steps: int = 1500              # to train the judge; 0: no judge, PSNR and SSIM only
     timesteps: int = 25                  # steps of the flow sampler
     guidance_scale: float = 0.0          # 1.0: none; 0.0: what the checkpoint recommends
     out: str = "out/reconstruction.png"  # picture of the first eight
@@ -45,12 +48,15 @@ class Reconstruction:
 
 
 @dataclass
-class Judge:
-    """Does a prior of drawn shapes draw what it was asked for? A classifier that has only seen real shapes decides."""
-    tokenizer: str = "out/cpu"           # directory of a tokenizer of shapes
-    prior: str = "out/cpu-prior"         # directory of a prior trained on its tokens
-    n: int = 256                         # scenes
-    steps: int = 1200                    # to train the classifier
+class Generation:
+    """Images that a prior writes for held-out captions: do they show what was asked for?"""
+    tokenizer: str = "assets/emoji64"    # directory of a tokenizer
+    prior: str = "assets/emoji64/prior"  # directory of a prior trained on its tokens
+    data: str = "emoji"                  # emoji, shapes, or a folder of images
+    split: str = "combinations"          # of emoji: combinations or held_out; of others: held_out
+    n: int = 100                         # at most this many captions
+    judge_steps: int = 1500              # to train the judge
+    out: str = "out/generation.png"      # picture of the first eight
     device: str = "auto"                 # auto, cpu, cuda, mps
 
 
@@ -148,74 +154,112 @@ def written(gpt, labels=None, captions=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The judge, for priors of drawn shapes
+# The judge
 
 
-def train_classifier(steps, image_size=32, seed=0):
-    """A small convolutional network: images (B, 3, S, S) -> logits (B, 16), 8 for the kind, 8 for the colour.
+def factors(dataset, rows):
+    """What is true of pictures `rows` of a data set: {name: (n,) int64}; the names are the questions of a judge."""
+    if isinstance(dataset, Shapes):
+        scenes = [dataset.factors(i) for i in rows]
+        found = {"kind": [KINDS.index(x.shape.kind) for x in scenes],
+                 "colour": [list(COLOURS).index(x.shape.colour) for x in scenes],
+                 "background": [list(BACKGROUNDS).index(x.background) for x in scenes],
+                 "place": [PLACES.index(x.place) for x in scenes]}
+    elif isinstance(dataset, Emoji):
+        found = {"thing": [dataset.members[i][1] for i in rows], "style": [dataset.style(i) for i in rows]}
+    else:
+        found = {}
+    return {name: torch.tensor(x) for name, x in {**found, "class": [dataset.label(i) for i in rows]}.items()}
 
-    It learns from endless drawn scenes, so that it cannot learn any by heart.
+
+class Judge:
+    """Says what is in a picture by the training picture most like it, in the features of a network trained for that.
+
+    `net`: images (B, 3, S, S) -> features (B, 128), of length 1. It has only seen training pictures, augmented.
     """
-    torch.manual_seed(seed)
-    layers = []
-    for c_in, c_out, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 2)):
-        layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
-    # the largest response anywhere: a star is a star wherever it is
-    net = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, 16))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    scenes = Shapes(image_size, seed=seed + 1)  # other scenes than the tokenizer's and the prior's
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 2e-3, 20, steps)
-        rows = range(64 * step, 64 * step + 64)
-        images = to_float(torch.stack([scenes.get(i) for i in rows]))             # (64, 3, S, S)
-        images = images + 0.05 * torch.randn_like(images)  # so that it does not hang on single levels
-        pairs = zip(net(images).split(8, 1), answers(scenes, rows))               # (64, 8) and (64,), twice
-        loss = sum(F.cross_entropy(logits, wanted) for logits, wanted in pairs)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.eval()
+
+    def __init__(self, data, image_size, steps, seed=0):
+        """data: as for `open_data`. steps: of 64 pictures; 1,500 take about a minute on two cores."""
+        torch.manual_seed(seed)
+        layers = []
+        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 128))
+        plain = open_data(data, image_size, "train", augment=False)
+        rows = range(min(len(plain), 10_000))
+        self.answers = factors(plain, rows)
+        self._learn(open_data(data, image_size, "train", augment=True), steps, np.random.default_rng(seed))
+        self.pictures = to_float(torch.stack([plain.get(i, None) for i in rows]))   # (N, 3, S, S)
+        self.features = self.look(self.pictures)                                  # (N, 128)
+
+    def _learn(self, dataset, steps, rng):
+        heads = nn.ModuleDict({name: nn.Linear(128, 1 + int(x.max())) for name, x in self.answers.items()})
+        optimizer = torch.optim.AdamW([*self.net.parameters(), *heads.parameters()], weight_decay=0.05)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, 2e-3, 20, steps)
+            rows = rng.integers(len(self.answers["class"]), size=64)
+            images = to_float(torch.stack([dataset.get(int(i), rng) for i in rows]))  # (64, 3, S, S)
+            images = images + 0.05 * torch.randn_like(images)  # so that it does not hang on single levels
+            features = 8 * F.normalize(self.net(images))                          # (64, 128)
+            loss = sum(F.cross_entropy(heads[name](features), x[rows]) for name, x in self.answers.items())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def look(self, images):
+        """images (B, 3, S, S) -> features (B, 128), of length 1, on the CPU."""
+        return torch.cat([F.normalize(self.net(part.clamp(-1, 1).cpu())) for part in images.split(256)])
+
+    def verdict(self, images, wanted):
+        """images (n, 3, S, S), wanted as `factors` gives it -> {name: (n,) float}, 1 where right; features (n, 128).
+
+        "nearest" is PSNR in dB between each image and the training picture most like it.
+        """
+        features = self.look(images)                                              # (n, 128)
+        most_like = (features @ self.features.T).argmax(1)                        # (n,)
+        right = {name: (self.answers[name][most_like] == x).float() for name, x in wanted.items()}
+        return {**right, "nearest": psnr(images.cpu(), self.pictures[most_like])}, features
+
+    def chance(self, wanted):
+        """{name: the share that a training picture drawn at random would have right}."""
+        return {name: (self.answers[name] == x[:, None]).float().mean().item() for name, x in wanted.items()}
 
 
-def answers(scenes, rows):
-    """The true kinds and colours of scenes: two int64 tensors (n,)."""
-    shapes = [scenes.factors(i).shape for i in rows]
-    kinds, colours = [KINDS.index(s.kind) for s in shapes], [list(COLOURS).index(s.colour) for s in shapes]
-    return torch.tensor(kinds), torch.tensor(colours)
+def frechet(features, others):
+    """Fréchet distance between two sets of features (n, d) and (m, d), taken as Gaussians: 0 if they are alike.
+
+    |mean - mean'|² + tr(S + S' - 2·(S·S')^½), as FID (arXiv 1706.08500), but in the judge's features: times 100 here.
+    """
+    (mean, S), (mean_2, S_2) = ((x.mean(0), x.T.cov()) for x in (features.double(), others.double()))
+    values, vectors = torch.linalg.eigh(S)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                       # (d, d), S^½
+    cross = torch.linalg.eigvalsh(root @ S_2 @ root).clamp(min=0).sqrt().sum()
+    return 100 * ((mean - mean_2).square().sum() + S.trace() + S_2.trace() - 2 * cross).item()
 
 
-@torch.no_grad()
-def accuracy(net, images, kinds, colours):
-    """Shares of images (n, 3, S, S) whose kind, colour, and both are as wanted."""
-    logits = net(images.clamp(-1, 1).cpu()).split(8, 1)                           # (n, 8), (n, 8)
-    kind, colour = ((x.argmax(1) == wanted).float() for x, wanted in zip(logits, (kinds, colours)))
-    return kind.mean().item(), colour.mean().item(), (kind * colour).mean().item()
+def interval(values, draws=1000):
+    """values (n,) -> their mean, and half the width of what 95 % of bootstrap samples (drawn again, n of n) have."""
+    n, seeded = len(values), torch.Generator().manual_seed(0)
+    means = values[torch.randint(n, (draws, n), generator=seeded)].mean(1)        # (draws,)
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return values.mean().item(), (high - low) / 2
 
 
-def judge(config):
-    """Print accuracies on real, rebuilt and generated images, for each number of tokens; chance is 1/8."""
-    check_range(config, 1, 100_000, "n", "steps")
-    tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
-    size = max(tokenizer.image_size)
-    scenes, rows = Shapes(size, "held_out"), range(config.n)
-    kinds, colours = answers(scenes, rows)
-    images = to_float(torch.stack([scenes.get(i) for i in rows])).to(gpt.device)  # (n, 3, S, S)
-    net = train_classifier(config.steps, size)
-    def score(name, images):
-        return f"{name}: kind %.3f colour %.3f both %.3f" % accuracy(net, images, kinds, colours)
+def report(name, images, originals, judge, wanted, real):
+    """Print one line about images (n, 3, S, S): beside `originals`, unless None; and by the judge, unless None.
 
-    print(score("real images", images), f" (n = {config.n})")
-    print(score("rebuilt by the VAE", tokenizer.vae.decode(tokenizer.vae.latents(images))))
-    sources = {"rebuilt": tokenizer.tokenize(images)}                             # n x (1, K)
-    if gpt.config.classes:  # the class is the kind: no colour was asked for
-        sources["by class"] = written(gpt, labels=kinds)
-    if gpt.text_encoder is not None:
-        sources["by caption"] = written(gpt, captions=[scenes.caption(i) for i in rows])
-    for k in powers_of_two(tokenizer.config.registers):
-        drawn = [(name, draw(tokenizer, [row[:, :k] for row in tokens], 25, tokenizer.recommended_guidance))
-                 for name, tokens in sources.items()]                             # (n, 3, S, S) each
-        print(f"k = {k:3d}:", "; ".join(score(name, images) for name, images in drawn), flush=True)
+    wanted: what they should show, see `factors`. real: features of real images, (n, 128).
+    """
+    found = {} if originals is None else {"PSNR": psnr(images, originals).cpu(), "SSIM": ssim(images, originals).cpu()}
+    if judge:
+        verdict, features = judge.verdict(images, wanted)
+        found |= verdict
+    words = [f"{what} {'%.2f ±%.2f' % interval(values)}" for what, values in found.items()]
+    if judge:
+        words.append(f"Fréchet {frechet(features, real):.1f}")
+    print(f"{name:>14}:", "  ".join(words), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,25 +339,58 @@ def load(tokenizer_path, prior_path, device, dtype=torch.float32):
 
 
 def rebuild(config):
-    """Print PSNR for each number of tokens, and write the picture of it."""
+    """Print what images rebuilt from each number of tokens are worth, and write the picture of it."""
     check_range(config, 1, 100_000, "n", "timesteps")
+    check_range(config, 0, 100_000, "judge_steps")
     check_range(config, 0, 1000, "guidance_scale")
     check_output(config.out)
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
-    held_out = open_data(config.data, max(tokenizer.image_size), "held_out", augment=False)
-    images = spread(held_out, config.n).to(pick_device(config.device))            # (n, 3, S, S)
+    size = max(tokenizer.image_size)
+    held_out = open_data(config.data, size, config.split, augment=False)
+    images, rows = spread(held_out, config.n), spread_rows(held_out, config.n)    # (n, 3, S, S)
+    images = images.to(pick_device(config.device))
     scale = config.guidance_scale or tokenizer.recommended_guidance
     metrics, columns, header = reconstruction(tokenizer, images, config.timesteps, scale)
-    print(f"{len(images)} held-out images, guidance {scale:g}; VAE alone: {metrics['psnr_vae']:.2f} dB")
-    for k, decibels in zip(metrics["ks"], metrics["psnr"]):
-        print(f"k = {k:3d}: {decibels:.2f} dB")
+    save_grid(config.out, list(zip(*columns))[:8], header)  # a row per image
+    judge = Judge(config.data, size, config.judge_steps) if config.judge_steps else None
+    wanted, real = factors(held_out, rows), judge and judge.look(images)
+    print(f"{len(images)} images, {config.split} of {config.data}; guidance {scale:g}; wrote {config.out}")
+    if judge:
+        print("chance of being right:", "  ".join(f"{name} {x:.2f}" for name, x in judge.chance(wanted).items()))
+        report("original", images, None, judge, wanted, real)
+    for name, column in zip(header[1:], columns[1:]):
+        report(name, column, images, judge, wanted, real)
     least, mean, most = metrics["distinct_tokens"]
     print(f"distinct tokens at a position: {least} to {most}, mean {mean:.1f}")
-    save_grid(config.out, list(zip(*columns))[:8], header)  # a row per image
+
+
+def generate(config):
+    """Print what images written for held-out captions are worth, beside real ones and rebuilt ones."""
+    check_range(config, 1, 100_000, "n", "judge_steps")
+    check_output(config.out)
+    tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
+    if gpt.text_encoder is None:
+        raise UserError(f"{config.prior}: was not trained on captions")
+    size = max(tokenizer.image_size)
+    held_out = open_data(config.data, size, config.split, augment=False)
+    images, rows = spread(held_out, config.n).to(gpt.device), spread_rows(held_out, config.n)  # (n, 3, S, S)
+    judge = Judge(config.data, size, config.judge_steps)
+    wanted, real = factors(held_out, rows), judge.look(images)
+    print(f"{len(images)} captions, {config.split} of {config.data}")
+    print("chance of being right:", "  ".join(f"{name} {x:.2f}" for name, x in judge.chance(wanted).items()))
+    report("real", images, None, judge, wanted, real)
+    rebuilt, new = tokenizer.tokenize(images), written(gpt, captions=[held_out.caption(i) for i in rows])
+    columns, ks, scale = [images], powers_of_two(gpt.config.length), tokenizer.recommended_guidance
+    for name, tokens in (("rebuilt", rebuilt), ("new", new)):
+        for k in ks:
+            columns.append(draw(tokenizer, [row[:, :k] for row in tokens], 25, scale))  # (n, 3, S, S)
+            report(f"{name} k={k}", columns[-1], None, judge, wanted, real)
+    save_grid(config.out, list(zip(images, *columns[-len(ks):]))[:8], ["real", *(f"k={k}" for k in ks)])
     print(f"wrote {config.out}")
 
 
-COMMANDS = {"reconstruction": (rebuild, Reconstruction), "judge": (judge, Judge), "copies": (copies, Copies)}
+COMMANDS = {"reconstruction": (rebuild, Reconstruction), "generation": (generate, Generation),
+            "copies": (copies, Copies)}
 
 
 def main(argv):

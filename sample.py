@@ -29,7 +29,7 @@ import torch
 
 from common import (UserError, autocast, check_output, check_range, command, from_cli, has_native_bf16, nearest,
                     pick_device, read_json, replacing, shipped, shown, write_json)
-from data import Emoji, list_files, report_skipped, spread
+from data import Emoji, list_files, report_skipped, spread, spread_rows
 from evaluate import conditions, draw, load
 from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_float, to_image, to_tensor
 from model import FlexTok, powers_of_two
@@ -253,8 +253,7 @@ def chosen(config, tokenizer):
         names, images = [os.path.basename(name) for name, _ in read], torch.stack([image for _, image in read])
     else:  # what the shipped weights were not trained on
         emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False, styles=("noto",))
-        images = spread(emoji, config.n)
-        names = [emoji.caption(i * len(emoji) // len(images)) for i in range(len(images))]
+        images, names = spread(emoji, config.n), [emoji.caption(i) for i in spread_rows(emoji, config.n)]
     return names, images.to(pick_device(config.device))
 
 
@@ -269,8 +268,7 @@ def pairs(config, tokenizer):
         for i in range(len(emoji)):
             places.setdefault(emoji.thing(i)["codepoints"], []).append(i)  # the styles of one thing
         things = [(styles[0], styles[-1]) for styles in places.values() if len(styles) > 1]
-        n = min(config.n, len(things))
-        images = [to_float(emoji.get(i, None)) for row in range(n) for i in things[row * len(things) // n]]
+        images = [to_float(emoji.get(i, None)) for row in spread_rows(things, config.n) for i in things[row]]
     images = torch.stack(images).to(pick_device(config.device))                   # (2 n, 3, H, W)
     return images[0::2], images[1::2]                                             # (n, 3, H, W) each
 

@@ -51,8 +51,8 @@ import train_tokenizer
 import vae as vae_module
 from ar import GPT, DigitTable, GPTConfig, cross_entropy, draw, in_halves, probabilities
 from common import Average, Run, UserError, from_cli, learning_rate, replacing
-from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, to_image,
-                    to_tensor)
+from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
+                    to_image, to_tensor)
 from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, files_digest, list_files,
                   open_data, split_paths, to_float)
 from fsq import FSQ
@@ -3138,12 +3138,23 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     tokenizer = FlexTok.from_pretrained(tiny_tokenizer)
     prior = a_small_prior(tmp_path / "prior", tokenizer)
     monkeypatch.chdir(tmp_path)
-    evaluate.main(["reconstruction", tiny_tokenizer, "--data", "shapes", "--n", "4", "--timesteps", "1"])
-    assert "4 held-out images" in capsys.readouterr().out and os.path.exists("out/reconstruction.png")
-    evaluate.main(["judge", tiny_tokenizer, prior, "--n", "4", "--steps", "1"])
+    rebuild = ["reconstruction", tiny_tokenizer, "--data", "shapes", "--n", "4", "--timesteps", "1", "--judge_steps"]
+    evaluate.main([*rebuild, "0"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("real images: kind ")
-    assert lines[-1].startswith("k =   4: rebuilt: ") and "by caption" in lines[-1]
+    assert lines[0].startswith("4 images, held_out of shapes; guidance 1") and "PSNR" in lines[1] and len(lines) == 6
+    assert os.path.exists("out/reconstruction.png")
+    few = lambda *names, **options: Shapes(16, names[2], length=200)              # noqa: E731
+    monkeypatch.setattr(evaluate, "open_data", few)
+    evaluate.main([*rebuild, "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"chance of being right: kind 0.\d\d  colour .* background .* place 0.\d\d  class 0.", lines[1])
+    words = r" *k=4: PSNR \d+.\d\d ±\d.\d\d  SSIM .*  kind .* colour .* nearest .* Fréchet \d+.\d"
+    assert re.match(words, lines[-2]) and lines[-1].startswith("distinct tokens")
+    evaluate.main(["generation", tiny_tokenizer, prior, "--data", "shapes", "--split", "held_out", "--n", "4",
+                   "--judge_steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in lines[2:-1]] == [
+        "real", *(f"{what} k={k}" for what in ("rebuilt", "new") for k in (1, 2, 4))]
 
     class FewEmoji(Emoji):
         def __init__(self, *arguments, **options):
@@ -3157,23 +3168,44 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     other = FlexTok.from_pretrained(tiny_tokenizer)
     torch.nn.init.normal_(other.encoder.head.weight)
     other.save_pretrained(str(tmp_path / "other"))
-    for arguments, message in ((["juge"], "juge: expected .*; did you mean judge?"), (["judge", "gone"], "gone"),
+    for arguments, message in ((["copy"], "copy: expected .*; did you mean copies?"), (["generation", "gone"], "gone"),
                                (["copies", "--n", "0"], "--n 0: expected 1 to 191"),
-                               (["judge", str(tmp_path / "other"), prior], "tokens of another tokenizer than")):
+                               (["generation", str(tmp_path / "other"), prior], "tokens of another tokenizer than")):
         with pytest.raises(UserError, match=message):
             evaluate.main(arguments)
     evaluate.main(["--help"])
-    assert "python evaluate.py judge" in capsys.readouterr().out
+    assert "python evaluate.py generation" in capsys.readouterr().out
 
 
-def test_the_judge_counts_what_is_right():
-    scenes = Shapes(16, "held_out")
-    kinds, colours = evaluate.answers(scenes, range(8))
-    said = torch.cat([F.one_hot(kinds, 8), F.one_hot(colours.roll(1), 8)], 1).float()  # kinds right, colours by chance
-    kind, colour, both = evaluate.accuracy(lambda images: said, torch.zeros(8, 3, 16, 16), kinds, colours)
-    assert kind == 1 and colour == both == (colours == colours.roll(1)).float().mean()
-    net = evaluate.train_classifier(3, 16)
-    assert net(torch.zeros(2, 3, 16, 16)).shape == (2, 16)
+def test_the_judge_knows_training_pictures_and_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(evaluate, "open_data", lambda *names, **options: Shapes(16, "train", length=300))
+    judge, scenes = evaluate.Judge("shapes", 16, 3), Shapes(16, "train", length=300)
+    wanted, images = evaluate.factors(scenes, range(8)), to_float(torch.stack([scenes.get(i) for i in range(8)]))
+    verdict, features = judge.verdict(images, {**wanted, "colour": (wanted["colour"] + 1) % 8})
+    assert verdict["kind"].mean() == verdict["place"].mean() == 1 and verdict["colour"].max() == 0
+    assert verdict["nearest"].min() > 60 and (features.norm(dim=1) - 1).abs().max() < 1e-5
+    assert judge.chance({"colour": torch.tensor([0, 0])})["colour"] == (judge.answers["colour"] == 0).float().mean()
+    emoji = Emoji(64, "combinations", augment=False)
+    assert {name: x.tolist() for name, x in evaluate.factors(emoji, [3]).items()} == {
+        "thing": [emoji.members[3][1]], "style": [emoji.style(3)], "class": [emoji.label(3)]}
+
+
+def test_the_frechet_distance_and_intervals_follow_their_formulas():
+    seeded = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4000, 3, generator=seeded), 2 * torch.randn(4000, 3, generator=seeded) + 1
+    assert evaluate.frechet(a, a) < 1e-3 and abs(evaluate.frechet(a, b) - 100 * (3 + 3)) < 30  # |mean|² + 3·(2 - 1)²
+    values = torch.randn(400, generator=seeded)
+    mean, half = evaluate.interval(values)
+    assert abs(mean - values.mean()) < 1e-6 and abs(half - 1.96 * values.std() / 20) < 0.02
+
+
+def test_ssim_is_1_for_equal_images_and_falls_with_noise():
+    images = to_float(torch.stack([Shapes(32).get(i) for i in range(4)]))
+    noisy = [ssim(images + scale * torch.randn_like(images), images) for scale in (0.05, 0.2)]
+    assert (ssim(images, images) - 1).abs().max() < 1e-5 and (noisy[1] < noisy[0]).all() and noisy[0].max() < 0.99
+    # a constant image beside another: only the means differ, (2·m·m' + a) / (m² + m'² + a)
+    flat, other = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.25)
+    assert abs(ssim(flat, other).item() - (2 * 0.5 * 0.25 + 0.0004) / (0.25 + 0.0625 + 0.0004)) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4324,7 +4356,7 @@ def test_a_typo_in_a_flag_ends_the_script_without_a_traceback(tmp_path, script):
 
 @pytest.mark.parametrize("Config", [
     train_tokenizer.TrainConfig, VAETrainConfig, sample.Reconstruct, sample.Generate, sample.Mix, sample.Encode,
-    sample.Decode, evaluate.Reconstruction, evaluate.Judge, evaluate.Copies])
+    sample.Decode, evaluate.Reconstruction, evaluate.Generation, evaluate.Copies])
 def test_every_flag_has_a_help_text(Config, capsys):
     with pytest.raises(SystemExit) as caught:
         from_cli(Config, argv=["--help"], positional="paths")

@@ -27,7 +27,7 @@ from ar import GPT, SIZES, GPTConfig
 from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, attention_kernel, autocast, check_range,
                     check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
                     learning_rate, provenance, read_log, seed_step, shipped)
-from data import Cached, Shapes, batches, get_readable, open_data
+from data import Cached, Shapes, batches, get_readable, open_data, spread_rows
 from evaluate import GROUPS, held_out_loss, sample_grid
 from images import save_curves, save_grid, to_float
 from model import FlexTok, powers_of_two
@@ -238,9 +238,8 @@ def cache_tokens(images, views, config, tokenizer, run):
 
 def tokens_of(dataset, tokenizer, count, T):
     """The first T tokens of `count` images spread over a data set (n, T), their labels (n,), and their captions."""
-    n = min(count, len(dataset))
-    picked = [i * len(dataset) // n for i in range(n)]
-    images, picked = zip(*(get_readable(dataset, i, np.random.default_rng(0)) for i in picked))
+    rows = spread_rows(dataset, count)
+    images, picked = zip(*(get_readable(dataset, i, np.random.default_rng(0)) for i in rows))
     images = to_float(torch.stack(images))                                        # (n, 3, H, W)
     tokens = torch.cat([row for part in images.split(64) for row in tokenizer.tokenize(part, k=T)]).cpu()    # (n, T)
     return tokens, torch.tensor([dataset.label(i) for i in picked]), [dataset.caption(i) for i in picked]
