@@ -256,28 +256,50 @@ def barrier(run):
         dist.all_reduce(torch.zeros(1))
 
 
-def autocast(device, precision):
-    """Context for the forward pass: precision "bf16" runs matrix products in bfloat16, "fp32" changes nothing.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision in 16 bits
 
-    "auto" is bf16 where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX).
-    Raises UserError for any other word.
+
+def autocast(device, precision):
+    """Context for the forward pass: "bf16" and "fp16" run matrix products in that type, "fp32" changes nothing.
+
+    "auto" is bf16 where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else
+    fp32. fp16 is for older GPUs (T4, V100), and in training needs a `Scaler`. Raises UserError for any other word.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"--precision {precision}: expected auto, bf16 or fp32")
+    if precision not in ("auto", "fp32", *HALF):
+        raise UserError(f"--precision {precision}: expected auto, bf16, fp16 or fp32")
     if precision == "auto":
         precision = "bf16" if has_native_bf16(device) else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    return torch.autocast(device.type, dtype=HALF[precision]) if precision in HALF else nullcontext()
+
+
+class Scaler(torch.amp.GradScaler):
+    """With fp16, whose least number is 6e-8, multiplies the loss, so that small gradients do not become 0 on their way
+    back; `unscale_` divides them again. A step with gradients that were too large is left out, and the factor halved.
+    With any other precision all this does nothing.
+    """
+
+    def __init__(self, config, run):
+        super().__init__(run.device.type, enabled=config.precision == "fp16")
+
+    def load_state_dict(self, state):
+        if state:  # else it was saved with another precision
+            super().load_state_dict(state)
+
+    def skips(self, norm):
+        """Whether a step of this gradient norm was left out as too large; below a factor of 1, it is not the factor."""
+        return self.is_enabled() and not math.isfinite(norm) and self.get_scale() >= 1
+
+
+# On CUDA flash attention computes, else the memory-efficient kernel, in training and sampling: cuDNN's, torch's first
+# choice on Hopper, would plan anew for every shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attention_kernel(device):
-    """Context that picks the kernel of attention, to be entered inside `autocast`.
-
-    On CUDA flash, else the memory-efficient one: cuDNN's, torch's first choice on Hopper, plans anew for every shape.
-    On a CPU torch's own choice, but in bfloat16: there its fused kernel is slow backwards for short sequences (a step
-    of the cpu preset takes twice as long as with the plain one). In float32 the fused one is faster (80 to 512 tokens).
+    """Context that picks the kernel of attention in training, to be entered inside `autocast`: torch's own choice, but
+    on a CPU in bfloat16. There its fused kernel is slow backwards for short sequences: a step of the cpu preset takes
+    twice as long as with the plain one. In float32 the fused one is faster (80 to 512 tokens).
     """
-    if device.type == "cuda":
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and torch.is_autocast_enabled("cpu") else nullcontext()
 
 
@@ -603,6 +625,9 @@ class Checkpoints:
     resume.pt   comes first: settings, step, metrics, weights, their average, optimizer. A run is here if it is.
     the model   comes then, by `export(state)`, its config.json last. A model is here if that is.
 
+    Each file takes the place of the one before when it is whole. torchrun kills 30 s after a signal, and a large model
+    may take longer to save: then the checkpoint before stands, or resume.pt is new and `restore` exports the model.
+
     Use as a context: one process at a time, and the files that a killed one left half-written are removed. `saved` is
     the state to go on from, or None. free: the settings that may differ when a run is resumed. Raises `UserError` if
     the directory holds a run or a model already; on --resume, if it holds none, or one with other settings.
@@ -666,7 +691,7 @@ class Checkpoints:
                     for i, moments in self.saved[name]["state"].items():
                         if any(x.dim() and x.shape != like["state"][i].shape for x in moments.values()):
                             raise ValueError(f"moments of parameter {i} are of another shape")
-                part.load_state_dict(split_like(self.saved[name], like))
+                part.load_state_dict(split_like(self.saved.get(name, {}), like))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: does not fit this run ({shown(str(error))})") from None
         path = os.path.join(self.config.out, "config.json")
@@ -682,6 +707,7 @@ class Checkpoints:
         finite; then the checkpoint before stands.
         """
         self.wait()  # one copy of everything at a time
+        since = time.time()
         state = snapshot({name: part.state_dict() for name, part in self.parts.items()}, self.run.is_main)
         if not self.run.is_main:
             return
@@ -693,6 +719,7 @@ class Checkpoints:
         def write():
             save_resume(self.path, state)
             self.export(state)
+            print(f"step {step}: saved in {time.time() - since:.1f} s", flush=True)
         self.under_way = self.writer.submit(write)
 
     def wait(self):
@@ -704,9 +731,12 @@ class Checkpoints:
     def finite(self, step, loss, grad_norm):
         """The gradient's norm as a number. Raises `UserError`, on all processes, if it or the loss is not finite.
 
-        Once a gradient is not, all weights are not: so it is enough to look when a line is logged.
+        Once a gradient is not, all weights are not: so it is enough to look when a line is logged. None: a `Scaler`
+        left this step out.
         """
         norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
+        if math.isfinite(loss) and self.parts["scaler"].skips(norm):
+            return None
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(loss) else "loss"
             raise UserError(f"step {step}: the {what} is not finite; {self.standing()}; a --lr below {self.config.lr} "

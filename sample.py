@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common import (UserError, autocast, check_output, check_range, command, from_cli, has_native_bf16, nearest,
+from common import (HALF, UserError, autocast, check_output, check_range, command, from_cli, has_native_bf16, nearest,
                     pick_device, read_json, replacing, shipped, shown, write_json)
 from data import Emoji, list_files, report_skipped, spread, spread_rows
 from evaluate import conditions, draw, load
@@ -51,7 +51,7 @@ class Reconstruct:
     seed: int = 0                     # of the sampler's noise
     checkpoint: str = SHIPPED         # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
-    precision: str = "auto"           # fp32 or bf16, of the flow decoder; auto: bf16 on CUDA from Ampere on, else fp32
+    precision: str = "auto"           # fp32, bf16, fp16: of the flow decoder; auto: bf16 if CUDA has it, else fp32
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Generate:
     checkpoint: str = SHIPPED         # directory of a tokenizer
     prior: str = SHIPPED + "/prior"   # directory of a prior trained on its tokens
     device: str = "auto"              # auto, cpu, cuda, mps
-    precision: str = "auto"           # fp32 or bf16, of decoder and prior; auto: bf16 on CUDA from Ampere on, else fp32
+    precision: str = "auto"           # fp32, bf16, fp16: of decoder and prior; auto: bf16 if CUDA has it, else fp32
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Mix:
     seed: int = 0                     # of the sampler's noise
     checkpoint: str = SHIPPED         # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
-    precision: str = "auto"           # fp32 or bf16, of the flow decoder; auto: bf16 on CUDA from Ampere on, else fp32
+    precision: str = "auto"           # fp32, bf16, fp16: of the flow decoder; auto: bf16 if CUDA has it, else fp32
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Decode:
     seed: int = 0                     # of the sampler's noise
     checkpoint: str = SHIPPED         # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
-    precision: str = "auto"           # fp32 or bf16, of the flow decoder; auto: bf16 on CUDA from Ampere on, else fp32
+    precision: str = "auto"           # fp32, bf16, fp16: of the flow decoder; auto: bf16 if CUDA has it, else fp32
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -152,8 +152,7 @@ def generate(config):
     check_page(config)
     if config.html and config.stream:
         raise UserError("--html and --stream: choose one; the page shows every step as well")
-    dtype = torch.bfloat16 if in_bf16(config) else torch.float32
-    tokenizer, gpt = load(config.checkpoint, config.prior, pick_device(config.device), dtype)
+    tokenizer, gpt = load(config.checkpoint, config.prior, pick_device(config.device), weights_type(config))
     k, = token_counts([config.k], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
@@ -299,24 +298,23 @@ def asked_for(config, gpt):
     return torch.full((n,), numbers[config.label]), captions                      # (n,)
 
 
-def in_bf16(config):
-    """Whether to sample in bfloat16. On a CPU only if asked: the README's pictures and numbers are of float32."""
+def weights_type(config):
+    """The type to sample in. On a CPU float32 unless asked: the README's pictures and numbers are of that."""
     device = pick_device(config.device)
     autocast(device, config.precision)  # refuses other words
     automatic = config.precision == "auto" and device.type == "cuda" and has_native_bf16(device)
-    return config.precision == "bf16" or automatic
+    return torch.bfloat16 if automatic else HALF.get(config.precision, torch.float32)
 
 
 def sample(tokenizer, tokens, config, generator=None):
     """List of tokens -> images (B, 3, H, W), by the command line's settings; noise of `generator`, or of --seed."""
-    scale, half = config.guidance_scale or tokenizer.recommended_guidance, in_bf16(config)
-    if half:
-        # The decoder runs twice a step: with its weights in bfloat16, none of them is cast there again. Encoder and VAE
-        # run once and stay float32, so that tokens are those of `encode`; so does the table of positions.
-        for p in tokenizer.decoder.parameters():
-            p.data = p.data.bfloat16()
+    scale, dtype = config.guidance_scale or tokenizer.recommended_guidance, weights_type(config)
+    # The decoder runs twice a step: with its weights in 16 bits, none of them is cast there again. Encoder and VAE run
+    # once and stay float32, so that tokens are those of `encode`; so does the table of positions.
+    for p in tokenizer.decoder.parameters():
+        p.data = p.data.to(dtype)
     generator = generator or torch.Generator().manual_seed(config.seed)
-    with autocast(pick_device(config.device), "bf16" if half else "fp32"):
+    with torch.autocast(pick_device(config.device).type, dtype, enabled=dtype != torch.float32):
         return draw(tokenizer, tokens, config.timesteps, scale, generator).float()  # (B, 3, H, W)
 
 
@@ -329,7 +327,7 @@ def check_sampling(config):
     check_range(config, 1, math.inf, "timesteps")
     check_range(config, 0, 1000, "guidance_scale")
     check_range(config, 0, 2**63 - 1, "seed")
-    in_bf16(config)
+    weights_type(config)
 
 
 def check_ending(out, *endings, flag="--out"):

@@ -2906,6 +2906,51 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# all three trainers: catches gradients that float16 loses, a step that ends a run, and cuDNN's attention.
+
+
+@pytest.fixture(params=["vae", "tokenizer", "prior"])
+def trainer(request, tiny_vae, tiny_tokenizer, tiny_tokens, few_scenes):
+    """out, changed settings -> the records of training steps in a run of one of the three trainers."""
+    def run(out, **changes):
+        if request.param == "vae":
+            vae_module.main(dataclasses.replace(VAE_TINY, out=str(out), **changes))
+        elif request.param == "tokenizer":
+            train(out, tiny_vae, **{"log_every": 1, **changes})
+        else:
+            train_prior(out, tiny_tokenizer, tiny_tokens, **{"log_every": 1, **changes})
+        return [record for record in records(out) if "grad_norm" in record]
+    return run
+
+
+def test_no_attention_is_left_to_cudnn():
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_float16_trains_like_float32_leaves_out_steps_that_overflow_and_resumes(tmp_path, trainer, monkeypatch, capsys):
+    exact, whole = (trainer(tmp_path / precision, precision=precision, steps=4) for precision in ("fp32", "fp16"))
+    for a, b in zip(exact, whole, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 5e-3 * a["loss"]
+    trainer(tmp_path / "parts", precision="fp16", steps=4, stop_at=2)
+    assert trainer(tmp_path / "parts", precision="fp16", steps=4, resume=True)[-1]["loss"] == whole[-1]["loss"]
+    for one, two in zip(*(torch.load(tmp_path / name / "resume.pt")["model"].values() for name in ("fp16", "parts"))):
+        assert torch.equal(one, two)
+    # the gradients of a new discriminator overflow
+    assert torch.load(tmp_path / "fp16/resume.pt")["scaler"]["scale"] in (2.0**16, 2.0**15)
+    assert re.search(r"step 4: saved in \d+\.\d s", capsys.readouterr().out)
+    # a factor that is far too large
+    init = torch.amp.GradScaler.__init__
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__",
+                        lambda self, device, **options: init(self, device, 2.0**40, backoff_factor=1e-6, **options))
+    norms = [record["grad_norm"] for record in trainer(tmp_path / "over", precision="fp16", steps=3)]
+    assert norms[0] is None and norms[-1] is not None
+    monkeypatch.setattr(common.Scaler, "skips", lambda self, norm: False)
+    with pytest.raises(UserError, match="step 1: the gradient is not finite"):
+        trainer(tmp_path / "fails", precision="fp16", steps=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # forks: catches a change at a FORK mark that training, saving, loading, the prior or sampling does not notice, so
 # that a model is silently another one after it was loaded. Each test edits the one marked place and goes the whole
 # way.
@@ -4415,8 +4460,8 @@ def test_sampling_in_bfloat16_draws_nearly_the_same_and_a_cpu_stays_in_float32_u
     assert {p.dtype for p in tokenizer.decoder.parameters()} == {torch.bfloat16}
     rest = [tokenizer.encoder, tokenizer.vae]
     assert {x.dtype for part in rest for x in part.state_dict().values()} == {torch.float32}
-    with pytest.raises(UserError, match="--precision half: expected auto, bf16 or fp32"):
-        sample.in_bf16(sample.Decode(precision="half"))
+    with pytest.raises(UserError, match="--precision half: expected auto, bf16, fp16 or fp32"):
+        sample.weights_type(sample.Decode(precision="half"))
     monkeypatch.chdir(tmp_path)
     small = ["--n", "1", "--k", "2", "--timesteps", "1"]
     sample.main(["generate", "--label", "3", *small, "--device", "cpu", "--precision", "bf16"])

@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
-from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, attention_kernel, autocast, check_range,
-                    check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
-                    learning_rate, provenance, read_log, seed_step, shipped)
+from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
+                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
+                    init_distributed, learning_rate, provenance, read_log, seed_step, shipped)
 from data import Cached, Shapes, batches, get_readable, open_data, spread_rows
 from evaluate import GROUPS, held_out_loss, sample_grid
 from images import save_curves, save_grid, to_float
@@ -73,7 +73,7 @@ class ARConfig:
     # running
     seed: int = 0                        # of the weights, the data order and the dropped conditions
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"              # auto, bf16 or fp32
+    precision: str = "auto"              # auto, bf16, fp16 (GPUs without bf16) or fp32
     log_every: int = 100                 # steps
     eval_every: int = 5000               # steps; also saves
     eval_images: int = 256               # held-out images whose tokens are scored
@@ -322,6 +322,7 @@ def train(config, run, checkpoints, tokenizer, images):
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(raw, config), lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
     def export(state):
@@ -331,7 +332,7 @@ def train(config, run, checkpoints, tokenizer, images):
             config.out, train=asdict(config), classes=dataset.classes, step=state["step"], metrics=state["metrics"],
             tokenizer=tokenizer.fingerprint(), **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer}, export)
+    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log, means, stop = Log(config.out, run, start, "stage 2 of 2, prior:", config.steps), Means(T, run), StopRequest()
     stream, counts = batches(dataset, config.batch_size, config.seed, run, start, config.workers), [0] * T
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; {len(dataset) * views:,} x {T} tokens; "
@@ -370,10 +371,12 @@ def train(config, run, checkpoints, tokenizer, images):
                 with autocast(run.device, config.precision), attention_kernel(run.device):
                     loss, losses = model(tokens[part], None if labels is None else labels[part],
                                          None if captions is None else captions[part])  # (), (micro, n)
-                (loss * micro / b).backward()
+                scaler.scale(loss * micro / b).backward()
                 means.add(losses.sum(0), torch.full_like(losses[0], micro))       # (n,) each
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             ema.update_parameters(raw)
             counts = [count + (i < n) for i, count in enumerate(counts)]

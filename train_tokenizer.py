@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Average, Checkpoints, Log, Means, Run, StopRequest, UserError, attention_kernel, autocast, barrier,
-                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
+from common import (Average, Checkpoints, Log, Means, Run, Scaler, StopRequest, UserError, attention_kernel, autocast,
+                    barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
                     init_distributed, learning_rate, provenance, read_json, read_log, seed_step, shard, snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
@@ -86,7 +86,7 @@ class TrainConfig:
     # running
     seed: int = 0                    # of the weights, the data order and the noise
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"          # auto, bf16 or fp32
+    precision: str = "auto"          # auto, bf16, fp16 (GPUs without bf16) or fp32
     checkpoint_blocks: bool = False  # keep only what enters each block, and compute the rest again in the backward pass
     shard: bool = False              # split weights, gradients and optimizer over the processes (FSDP2)
     log_every: int = 100             # steps
@@ -406,6 +406,7 @@ def train(config, run, checkpoints, dataset):
     groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
     def export(state):  # "sampling" is what sample.py uses unless a flag says otherwise
@@ -413,7 +414,7 @@ def train(config, run, checkpoints, dataset):
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"],
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer}, export)
+    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log, means, stop = Log(config.out, run, start, stage_of(config), config.steps), Means(6, run), StopRequest()
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size} = "
@@ -450,11 +451,13 @@ def train(config, run, checkpoints, dataset):
                 with autocast(run.device, config.precision), attention_kernel(run.device):
                     # (micro,)
                     loss = training_loss(model, latents[part], noise[part], t[part], k_keep[part], room[part])
-                (loss.mean() * micro / b).backward()
+                scaler.scale(loss.mean() * micro / b).backward()
                 null = (k_keep[part] == 0).to(run.device, non_blocking=True)      # (micro,)
                 means.add(*by_t(loss.detach(), t[part], null))
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             ema.update_parameters(raw)
 
@@ -496,6 +499,8 @@ def check(config, run):
             raise UserError("--shard: splits the model over several processes, and this is the only one; use torchrun")
         if not hasattr(fsdp, "fully_shard"):
             raise UserError(f"--shard: torch {torch.__version__} has no torch.distributed.fsdp.fully_shard; 2.6 has")
+        if config.precision == "fp16":
+            raise UserError("--precision fp16: does not go with --shard, which gathers weights in bf16 or fp32")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
     if not config.vae and config.vae_preset not in stage0.PRESETS:

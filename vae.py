@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, autocast, check_range, check_run, command,
-                    evaluation_due, fill_with_average, from_cli, generator, init_distributed, learning_rate,
+from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, autocast, check_range, check_run,
+                    command, evaluation_due, fill_with_average, from_cli, generator, init_distributed, learning_rate,
                     load_tensors, load_weights, provenance, read_json, read_log, save_tensors, shipped, shown,
                     write_json)
 from data import batches, open_data, spread
@@ -389,7 +389,7 @@ class VAETrainConfig:
     grad_clip: float = 1.0       # largest gradient norm
     seed: int = 0                # of the weights, the data order and the posterior noise
     device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"      # auto, bf16, fp32
+    precision: str = "auto"      # auto, bf16, fp16 (GPUs without bf16), fp32
     workers: int = 0             # processes that read images
     log_every: int = 50          # steps between log lines
     eval_every: int = 1000       # steps between evaluations, each of which writes a checkpoint
@@ -535,8 +535,10 @@ def train(config, run, checkpoints, dataset, stage, later):
     model, wrapped_critic = (DistributedDataParallel(m) if run.world > 1 else m for m in (vae, critic))
 
     # ---- optimizer --------------------------------------------------------------------------------------------
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=config.lr, betas=(0.5, 0.9), weight_decay=1e-4)
+    optimizer, critic_optimizer = (
+        torch.optim.AdamW(m.parameters(), lr=config.lr, betas=betas, weight_decay=1e-4, fused=True)
+        for m, betas in ((vae, (0.9, 0.99)), (critic, (0.5, 0.9))))
+    scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
     def export(state):
@@ -546,7 +548,7 @@ def train(config, run, checkpoints, dataset, stage, later):
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"], **provenance(run))
 
     start, metrics = checkpoints.restore({"model": vae, "critic": critic, "ema": ema, "optimizer": optimizer,
-                                          "critic_optimizer": critic_optimizer}, export)
+                                          "critic_optimizer": critic_optimizer, "scaler": scaler}, export)
     log, means, stop = Log(config.out, run, start, stage, config.steps, later), Means(5, run), StopRequest()
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     side, C = config.image_size // vae.downsampling, config.latent_channels
@@ -585,19 +587,22 @@ def train(config, run, checkpoints, dataset, stage, later):
                 if adversarial:
                     critic.requires_grad_(False)  # this pass teaches the VAE only
                     gan = -critic(reconstructions).mean()
-                    loss = loss + config.gan_weight * adaptive_weight(l1, gan, vae.decoder.conv_out.weight) * gan
+                    weight = adaptive_weight(scaler.scale(l1), scaler.scale(gan), vae.decoder.conv_out.weight)
+                    loss = loss + config.gan_weight * weight * gan
             optimizer.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
-            optimizer.step()
+            scaler.step(optimizer)
             critic_loss, fooled = torch.zeros_like(l1), -gan if adversarial else torch.zeros_like(l1)
             if adversarial:
                 critic.requires_grad_(True)
                 with autocast(run.device, config.precision):
                     critic_loss = hinge_loss(wrapped_critic(torch.cat([images, reconstructions.detach()])))
                 critic_optimizer.zero_grad()
-                critic_loss.backward()
-                critic_optimizer.step()
+                scaler.scale(critic_loss).backward()
+                scaler.step(critic_optimizer)
+            scaler.update()
             ema.update_parameters(vae)
             decibels = psnr(reconstructions.detach(), images).mean()
             means.add(torch.stack([l1, kl, decibels, critic_loss, fooled]), torch.ones(5, device=run.device))
