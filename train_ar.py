@@ -74,6 +74,7 @@ class ARConfig:
     seed: int = 0                        # of the weights, the data order and the dropped conditions
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"              # auto, bf16, fp16 (GPUs without bf16) or fp32
+    compile: bool = False                # torch.compile the blocks: minutes at first, then faster steps
     log_every: int = 100                 # steps
     eval_every: int = 5000               # steps; also saves
     eval_images: int = 256               # held-out images whose tokens are scored
@@ -112,8 +113,8 @@ PRESETS = {
         PAPER, width=SIZES["1.33B"][0], depth=SIZES["1.33B"][1], out="out/prior-1.33B"),
 }
 # may differ when a run is resumed
-RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_images", "cfg_scale", "resume",
-              "stop_at", "micro_batch", "tokens")
+RUN_FIELDS = ("out", "workers", "device", "precision", "compile", "log_every", "eval_every", "eval_images",
+              "cfg_scale", "resume", "stop_at", "micro_batch", "tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,6 +316,9 @@ def train(config, run, checkpoints, tokenizer, images):
     if config.init:
         go_on_from(config.init, raw)
     ema = Average(raw, config.ema_decay)
+    if config.compile:  # one graph; with captions, or --nested_length, sizes vary: one more where a size is 1
+        for block in raw.trunk.blocks:
+            block.compile(dynamic=config.nested_length or "text" in config.condition)
     model = Loss(raw)
     if run.world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -184,11 +184,15 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, latents):
+    def features(self, latents):
+        """All but the last layer: (B, C, h, w) -> (B, c_0, H, W)."""
         x = self.mid_block(self.conv_in(latents))                                     # (B, c_last, h, w)
         for level in self.up_blocks:
             x = level(x)                                                              # (B, c_i, 2^i·h, 2^i·w)
-        return self.conv_out(norm_silu(self.conv_norm_out, x))                        # (B, 3, H, W)
+        return norm_silu(self.conv_norm_out, x)                                       # (B, c_0, H, W)
+
+    def forward(self, latents):
+        return self.conv_out(self.features(latents))                                  # (B, 3, H, W)
 
 
 class Posterior:
@@ -390,6 +394,7 @@ class VAETrainConfig:
     seed: int = 0                # of the weights, the data order and the posterior noise
     device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"      # auto, bf16, fp16 (GPUs without bf16), fp32
+    compile: bool = False        # torch.compile the networks: minutes at first, then faster steps
     workers: int = 0             # processes that read images
     log_every: int = 50          # steps between log lines
     eval_every: int = 1000       # steps between evaluations, each of which writes a checkpoint
@@ -413,7 +418,7 @@ PRESETS = {
         ema_decay=0.9999, workers=12, log_every=100, eval_every=5000),
 }
 # may differ when a run is resumed
-RUN_FIELDS = ("resume", "stop_at", "out", "device", "precision", "workers", "log_every", "eval_every")
+RUN_FIELDS = ("resume", "stop_at", "out", "device", "precision", "compile", "workers", "log_every", "eval_every")
 
 
 def training_loss(model, images, noise, kl_weight):
@@ -532,6 +537,9 @@ def train(config, run, checkpoints, dataset, stage, later):
     vae.to(run.device).train()
     critic = PatchDiscriminator().to(run.device)
     ema = Average(vae, config.ema_decay)
+    if config.compile:  # two graphs; the last layer is left out, as `adaptive_weight` goes backwards through it alone
+        vae.encoder.compile(dynamic=False)
+        vae.decoder.features = torch.compile(vae.decoder.features, dynamic=False)
     model, wrapped_critic = (DistributedDataParallel(m) if run.world > 1 else m for m in (vae, critic))
 
     # ---- optimizer --------------------------------------------------------------------------------------------
