@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import flow
-from common import UserError, checked, load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json
+from common import (UserError, checked, compile_blocks, load_tensors, load_weights, read_json, save_tensors, shipped,
+                    shown, write_json)
 from fsq import FSQ
 from images import check_images
 from vae import VAE, VAEConfig
@@ -450,7 +451,8 @@ class Decoder(nn.Module):
             registers = torch.cat([registers, self.mask_token.expand(B, 1, -1).to(registers.dtype)], 1)  # (B, k + 1, D)
         if null is not None:
             registers = torch.where(null.to(codes.device, non_blocking=True)[:, None, None], self.null_token, registers)
-        return registers, self.K - k
+        # in training all lengths share one graph when compiled: there the last of all K counts, once
+        return registers, max(self.K - k, 0 if k_keep is None else 1)
 
 
 def full_attention(n, copies, device):
@@ -466,9 +468,7 @@ def full_attention(n, copies, device):
         bias[-1] = math.log(copies)
         F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[2], n), scale=scale)
     """
-    if copies > 1:
-        return counted_attention(n, copies, device)
-    return F.scaled_dot_product_attention  # of one copy the bias is log 1 = 0; with none no register was dropped
+    return counted_attention(n, copies, device) if copies else F.scaled_dot_product_attention
 
 
 def counted_attention(n, copies, device):
@@ -554,11 +554,10 @@ class FlexTok(nn.Module):
     def compile_blocks(self, **options):
         """torch.compile the blocks of encoder and decoder, with these options. Changes no name in the state dict.
 
-        Tokenising makes four graphs and detokenising four, whatever the k are: middle and last block, in the encoder
-        for one register and for several, in the decoder with dropped registers and without. Batches of one make others.
+        Training makes four graphs, whatever the k are: middle and last block, in encoder and decoder. Tokenising makes
+        two more for one register, detokenising two more without dropped registers. Batches of one make others.
         """
-        for block in [*self.encoder.blocks, *self.decoder.blocks]:
-            block.compile(dynamic=True, **options)
+        compile_blocks([*self.encoder.blocks, *self.decoder.blocks], **options)
 
     @torch.no_grad()
     def tokenize(self, images, k=None, sample_posterior=False):

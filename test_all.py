@@ -2906,7 +2906,8 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# all three trainers: catches gradients that float16 loses, a step that ends a run, and cuDNN's attention.
+# all three trainers: catches gradients that float16 loses, a step that ends a run, cuDNN's attention, and compiled
+# blocks that compute something else, or are compiled again and again.
 
 
 @pytest.fixture(params=["vae", "tokenizer", "prior"])
@@ -2914,17 +2915,41 @@ def trainer(request, tiny_vae, tiny_tokenizer, tiny_tokens, few_scenes):
     """out, changed settings -> the records of training steps in a run of one of the three trainers."""
     def run(out, **changes):
         if request.param == "vae":
-            vae_module.main(dataclasses.replace(VAE_TINY, out=str(out), **changes))
+            vae_module.main(dataclasses.replace(VAE_TINY, out=str(out), **{"precision": "fp32", **changes}))
         elif request.param == "tokenizer":
-            train(out, tiny_vae, **{"log_every": 1, **changes})
+            train(out, tiny_vae, log_every=1, registers=64, enc_depth=2, dec_depth=2, batch_size=16, eval_images=1,
+                  **changes)
         else:
-            train_prior(out, tiny_tokenizer, tiny_tokens, **{"log_every": 1, **changes})
+            train_prior(out, tiny_tokenizer, tiny_tokens, log_every=1, depth=2, nested_length=True, **changes)
         return [record for record in records(out) if "grad_norm" in record]
     return run
 
 
 def test_no_attention_is_left_to_cudnn():
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_training_is_that_of_eager_in_four_graphs_at_most_and_resumes(tmp_path, trainer, monkeypatch):
+    """Traced and differentiated as on a GPU, but the graphs run in torch, so that no compiler of C++ is needed."""
+    torch._dynamo.reset()
+    counter, compile, counts, settings = CompileCounterWithBackend("aot_eager"), torch.compile, [], dict(steps=20)
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
+    rate = learning_rate
+    for module in (vae_module, train_tokenizer, train_ar):  # which call it once a step
+        monkeypatch.setattr(module, "learning_rate",
+                            lambda *args: counts.append(counter.frame_count) or rate(*args))
+    exact = trainer(tmp_path / "eager", **settings)
+    compiled = trainer(tmp_path / "compiled", compile=True, **settings)
+    assert counts[-20] == 0 < counts[-19] <= counts[-10] == counts[-1] <= 4
+    for a, b in zip(exact, compiled, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 * a["loss"]
+    trainer(tmp_path / "parts", compile=True, stop_at=10, **settings)
+    trainer(tmp_path / "parts", compile=True, resume=True, **settings)
+    plain, whole, parts = (torch.load(tmp_path / name / "resume.pt")["model"]
+                           for name in ("eager", "compiled", "parts"))
+    assert plain.keys() == whole.keys() and all(torch.equal(x, parts[name]) for name, x in whole.items())
+    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
-                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_log, seed_step, shipped)
+                    check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average, from_cli,
+                    generator, init_distributed, learning_rate, provenance, read_log, seed_step, shipped)
 from data import Cached, Shapes, batches, get_readable, open_data, spread_rows
 from evaluate import GROUPS, held_out_loss, sample_grid
 from images import save_curves, save_grid, to_float
@@ -316,9 +316,8 @@ def train(config, run, checkpoints, tokenizer, images):
     if config.init:
         go_on_from(config.init, raw)
     ema = Average(raw, config.ema_decay)
-    if config.compile:  # one graph; with captions, or --nested_length, sizes vary: one more where a size is 1
-        for block in raw.trunk.blocks:
-            block.compile(dynamic=config.nested_length or "text" in config.condition)
+    if config.compile:  # one graph; where sizes vary, by captions or --nested_length, others for sizes of 1: 4 at most
+        compile_blocks(raw.trunk.blocks, dynamic=config.nested_length or "text" in config.condition)
     model = Loss(raw)
     if run.world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
