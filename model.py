@@ -165,8 +165,8 @@ def per_stream(x, gate, N):
 
 def modulate(x, shift, scale, N):
     """x·(1 + scale) + shift, each with its own for the first N tokens and the others; shift, scale (B or 1, 2, D)."""
-    return torch.cat([x[:, :N] * (1 + scale[:, :1]) + shift[:, :1],
-                      x[:, N:] * (1 + scale[:, 1:]) + shift[:, 1:]], 1)           # (B, n, D)
+    scale = 1 + scale
+    return torch.cat([x[:, :N] * scale[:, :1] + shift[:, :1], x[:, N:] * scale[:, 1:] + shift[:, 1:]], 1)  # (B, n, D)
 
 
 def sincos_2d(D, rows, columns):
@@ -478,7 +478,7 @@ def counted_attention(n, copies, device):
     0.4 %, which would count up to 1.6 % too many or too few; so three channels share it, each with what those before it
     rounded away. Five more hold zeros, and v gets eight: that kernel wants q, k, v of one size, a multiple of 8.
     """
-    extra, rest = torch.zeros(n, 8, device=device), math.log(copies)              # (n, 8)
+    extra, rest = torch.zeros(n, 8, device=device, dtype=torch.bfloat16), math.log(copies)  # (n, 8), exact in all types
     for channel in range(3):
         part = torch.tensor(rest, device="cpu").bfloat16().item()
         extra[-1, channel].fill_(part)  # `= part` would copy it from the CPU, which waits for the GPU

@@ -1277,11 +1277,13 @@ def test_no_image_takes_more_memory_than_a_gigabyte_and_a_half(tmp_path):
         read_image(io.BytesIO(jpeg))
     path = tmp_path / "16 bits.png"
     Image.fromarray(np.full((4500, 4500), 999, np.uint16)).save(path, transparency=1, compress_level=1)
-    code = ("import sys\nfrom images import read_image\nprint(read_image(sys.argv[1]).getpixel((3000, 3000)))\n"
-            "print(open('/proc/self/status').read() if sys.platform == 'linux' else 'VmHWM: 0')")
+    code = ("import sys\nfrom images import read_image\n"
+            "peak = lambda: print(open('/proc/self/status').read() if sys.platform == 'linux' else 'VmHWM: 0')\n"
+            "peak()\nprint('pixel', read_image(sys.argv[1]).getpixel((3000, 3000)))\npeak()")
     output = subprocess.run([sys.executable, "-c", code, path], cwd=HERE, capture_output=True, text=True).stdout
-    assert output.startswith("(4, 4, 4)")
-    assert int(re.search(r"VmHWM:\s+(\d+)", output)[1]) < 2**19  # KiB, of which 150 MiB are Python's and torch's own
+    assert "pixel (4, 4, 4)" in output
+    imported, peak = map(int, re.findall(r"VmHWM:\s+(\d+)", output))            # KiB
+    assert peak - imported < 380 * 2**10
 
 
 def test_an_image_becomes_a_tensor_in_minus_one_to_one_and_back_exactly():
@@ -1902,6 +1904,7 @@ open(f"held{torch.distributed.get_rank()}.json", "w").write(json.dumps(shares))
 """
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 splits over GPUs only")
 def test_training_split_over_two_processes_is_that_of_one_and_its_checkpoint_is_whole(tmp_path, tiny_vae):
     """Also stopped and resumed, begun without splitting, in micro-batches, with checkpointed blocks; each holds one
     half."""
@@ -1944,9 +1947,13 @@ def test_splitting_is_refused_without_other_processes_and_by_an_old_torch(tmp_pa
     with pytest.raises(UserError, match="--shard: .* torchrun"):
         train(tmp_path / "run", tiny_vae, shard=True)
     assert not (tmp_path / "run").exists()
-    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
-    with pytest.raises(UserError, match="--shard: torch .* 2.6"):
-        config = train_tokenizer.TrainConfig(**TINY, vae=tiny_vae, shard=True)
+    config = train_tokenizer.TrainConfig(**TINY, vae=tiny_vae, shard=True)
+    monkeypatch.setattr("torch.cpu.Stream.record_event", None, raising=False)
+    for change in (dict(compile=True), dict(precision="fp16")):
+        with pytest.raises(UserError, match="--shard: goes neither with --compile nor"):
+            train_tokenizer.check(dataclasses.replace(config, **change), Run(torch.device("cpu"), 0, 2))
+    monkeypatch.delattr("torch.cpu.Stream.record_event")
+    with pytest.raises(UserError, match="--shard: torch .* GPUs only"):
         train_tokenizer.check(config, Run(torch.device("cpu"), 0, 2))
 
 

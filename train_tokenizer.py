@@ -496,13 +496,12 @@ def check(config, run):
     if config.t_mean and config.t_sampler != "logit_normal":
         raise UserError(f"--t_mean {config.t_mean}: --t_sampler {config.t_sampler} has none; only logit_normal has")
     if config.shard:
-        from torch.distributed import fsdp  # late: not in every build of torch
         if run.world == 1:
             raise UserError("--shard: splits the model over several processes, and this is the only one; use torchrun")
-        if not hasattr(fsdp, "fully_shard"):
-            raise UserError(f"--shard: torch {torch.__version__} has no torch.distributed.fsdp.fully_shard; 2.6 has")
-        if config.precision == "fp16":
-            raise UserError("--precision fp16: does not go with --shard, which gathers weights in bf16 or fp32")
+        if run.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise UserError(f"--shard: torch {torch.__version__} splits models over GPUs only; on CPUs it needs 2.7")
+        if config.compile or config.precision == "fp16":
+            raise UserError("--shard: goes neither with --compile nor with --precision fp16")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
     if not config.vae and config.vae_preset not in stage0.PRESETS:
