@@ -900,6 +900,14 @@ class Means:
         return [total / n if n else None for total, n in zip(sums, counts)]
 
 
+def seconds_of(work):
+    """How long `work()`, which returns a tensor of one number, takes the second time; the first takes longer."""
+    float(work())
+    since = time.time()
+    float(work())  # waits for a GPU
+    return time.time() - since
+
+
 class Log:
     """One line on the screen and the same record in `<directory>/log.jsonl`, from the main process only.
 

@@ -566,10 +566,10 @@ class Cached:
         self.state = {"made_by": self.made_by, "done": 0, "replaced": []}
         self.state_path = path + ".json"
 
-    def fill(self, make, what):
-        """Make what is missing: make(images uint8 (b, 3, S, S), first row) -> array (b, ...). what: its name, shown.
+    def fill(self, make, what, later=0.0):
+        """Make what is missing: make(images uint8 (b, 3, S, S), first row) -> array (b, ...), in parts of 64 rows.
 
-        Each process makes every world-th part of 64 rows.
+        what: its name, shown. later: seconds that the stages after this one take, for the ETA of the whole command.
         """
         busy = f"{self.path}: another process is writing it; wait for it"
         with locked(self.path + ".lock", busy) if self.run.is_main else nullcontext():
@@ -580,7 +580,7 @@ class Cached:
             store = self._open("r+") if done < total else None
             if done < total and self.run.is_main:
                 size = f"{store.nbytes / 2**20:,.0f} MiB"
-                print(f"{what}: {total - done:,} views, kept in {self.path} ({size})", flush=True)
+                print(f"{what} {total - done:,} views, kept in {self.path} ({size})", flush=True)
             try:
                 for start in range(done, total, slab):
                     self._make_part(store, start + 64 * self.run.rank, make, replaced)
@@ -589,11 +589,11 @@ class Cached:
                         replaced = self._save_progress(store, end, replaced)
                     if self.run.is_main and (time.time() - said > 20 or end == total):
                         said, rate = time.time(), (end - done) / (time.time() - seconds)
-                        print(f"{what}: {end:,} of {total:,}  eta {clock((total - end) / rate)}", flush=True)
+                        print(f"{what} {end:,} of {total:,}  eta {clock((total - end) / rate + later)}", flush=True)
             except KeyboardInterrupt:
                 if self.run.world == 1:
                     self._save_progress(store, start, replaced)
-                print(f"{what}: stopped at {self.state['done']:,} of {total:,}; the same command goes on", flush=True)
+                print(f"{what} stopped at {self.state['done']:,} of {total:,}; the same command goes on", flush=True)
                 raise
         self.rows = None
         self.replaced = dict(self.state["replaced"])  # {image that could not be read: the one in its place}

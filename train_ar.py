@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ar import GPT, SIZES, GPTConfig
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average, from_cli,
-                    generator, init_distributed, learning_rate, provenance, read_log, seed_step, shipped)
+                    generator, init_distributed, learning_rate, provenance, read_log, seconds_of, seed_step, shipped)
 from data import Cached, Shapes, batches, get_readable, open_data, spread_rows
 from evaluate import GROUPS, held_out_loss, sample_grid
 from images import save_curves, save_grid, to_float
@@ -233,8 +233,23 @@ def cache_tokens(images, views, config, tokenizer, run):
     cached = Cached(path, images, views, (tokenizer.config.registers,),
                     np.uint16 if tokenizer.quantizer.vocab_size <= 2**16 else np.uint32, made_by, run, config.seed,
                     labels=labels, captions=captions)
-    cached.fill(lambda part, row: torch.cat(tokenizer.tokenize(to_float(part.to(run.device)))).cpu().numpy(), "tokens")
+    cached.fill(lambda part, row: torch.cat(tokenizer.tokenize(to_float(part.to(run.device)))).cpu().numpy(),
+                "stage 1 of 2, tokens:", seconds_to_come(config, run, tokenizer, len(images.classes)))
     return cached
+
+
+def seconds_to_come(config, run, tokenizer, classes):
+    """About how long the prior will take for all its steps: timed with random weights and tokens."""
+    b = config.batch_size // run.world
+    gpt, micro = build_prior(config, tokenizer, classes).to(run.device), config.micro_batch or b
+    tokens = torch.randint(gpt.config.vocab_size, (micro, gpt.config.length), device=run.device)  # (micro, T)
+
+    def step():
+        with autocast(run.device, config.precision), attention_kernel(run.device):
+            loss, _ = training_loss(gpt, tokens, None, ["a few words"] * micro if gpt.text_encoder else None)
+        loss.backward()
+        return loss.detach()
+    return config.steps * seconds_of(step) * b / micro
 
 
 def tokens_of(dataset, tokenizer, count, T):

@@ -16,7 +16,6 @@ curves.png and pictures. Times and expected numbers: RESULTS.md.                
 """
 import math
 import os
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -29,7 +28,8 @@ import flow
 import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Run, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_json, read_log, seed_step, shard, snapshot)
+                    init_distributed, learning_rate, provenance, read_json, read_log, seconds_of, seed_step, shard,
+                    snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import save_curves, save_grid, to_float
@@ -241,39 +241,31 @@ def train_vae(config, run, n):
     saved = read_json(path) if os.path.exists(path) else {}
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
         return out
-    stages = 2 + (config.cache_latents > 0)
-    done = stage0.main(settings, f"stage 1 of {stages}, VAE:", seconds_after_stage_0(config, run, n))
+    vae = VAE(stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset])))
+    an_image, the_training = seconds_to_come(config, run, vae)
+    encoded = config.cache_latents * n or config.steps * config.batch_size // run.world  # images for the VAE
+    done = stage0.main(settings, stage_of(config, 1, "VAE"), an_image * encoded + the_training)
     barrier(run)  # the main process writes, all read
     if not done and run.is_main:
         print("stopped within stage 1, the VAE; give the same command again to go on", flush=True)
     return out if done else ""
 
 
-def seconds_after_stage_0(config, run, n):
-    """About how long the latents of n images and the tokenizer will take: a step of each, timed with random weights."""
-    vae_config = stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))
-    tokenizer = build_tokenizer(config, VAE(vae_config)).to(run.device)
-    b = config.batch_size // run.world
+def seconds_to_come(config, run, vae):
+    """About how long `vae` takes for an image, and the tokenizer for all its steps: timed with random weights."""
+    tokenizer, b = build_tokenizer(config, vae).to(run.device), config.batch_size // run.world
     side, micro = config.image_size, config.micro_batch or b
     images = torch.zeros(micro, 3, side, side, dtype=torch.uint8, device=run.device)
-    alone = replace(config, batch_size=len(images))
-
-    def seconds_of(work):
-        work()  # the first time takes longer
-        since = time.time()
-        float(work())  # waits for a GPU
-        return time.time() - since
-    encoding = seconds_of(lambda: encode(tokenizer.vae, images, config, Run(run.device), 0).sum())
-    latents = encode(tokenizer.vae, images, config, Run(run.device), 0)           # (micro, C, h, w)
+    alone = replace(config, batch_size=micro)
+    latents = encode(vae, images, config, Run(run.device), 0)                     # (micro, C, h, w)
 
     def step():
         with autocast(run.device, config.precision), attention_kernel(run.device):
             loss = training_loss(tokenizer, latents, *draw_noise(alone, config.steps, latents, Run(run.device))).mean()
         loss.backward()
         return loss.detach()
-    training = config.steps * seconds_of(step) * b / len(images)
-    encoded = config.cache_latents * n or config.steps * b  # images that go through the VAE
-    return training + encoding / len(images) * encoded
+    an_image = seconds_of(lambda: encode(vae, images, config, Run(run.device), 0).sum()) / micro
+    return an_image, config.steps * seconds_of(step) * b / micro
 
 
 def cache_latents(dataset, vae, config, run):
@@ -287,7 +279,7 @@ def cache_latents(dataset, vae, config, run):
 
     def make(images, row):
         return encode(vae, images.to(run.device), config, Run(run.device), -1 - row).cpu().numpy()
-    cached.fill(make, "latents")
+    cached.fill(make, stage_of(config, 1 + (not config.vae), "latents"), seconds_to_come(config, run, vae)[1])
     return cached
 
 
@@ -352,10 +344,10 @@ def draw_inputs(vae, latents, config):
         save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
 
 
-def stage_of(config):
-    """Which stage of the command this is, for the log."""
+def stage_of(config, stage, what):
+    """What the log calls a stage: the VAE is trained unless --vae names one, its latents are made if they are kept."""
     stages = 1 + (not config.vae) + (config.cache_latents > 0)
-    return f"stage {stages} of {stages}, tokenizer:" if stages > 1 else ""
+    return f"stage {stage or stages} of {stages}, {what}:" if stages > 1 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -417,7 +409,8 @@ def train(config, run, checkpoints, dataset):
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
     start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log, means, stop = Log(config.out, run, start, stage_of(config), config.steps), Means(6, run), StopRequest()
+    log = Log(config.out, run, start, stage_of(config, 0, "tokenizer"), config.steps)
+    means, stop = Means(6, run), StopRequest()
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size} = "
             f"{run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}")
