@@ -222,9 +222,14 @@ class Judge:
         right = {name: (self.answers[name][most_like] == x).float() for name, x in wanted.items()}
         return {**right, "nearest": psnr(images.cpu(), self.pictures[most_like])}, features
 
-    def chance(self, wanted):
-        """{name: the share that a training picture drawn at random would have right}."""
-        return {name: (self.answers[name] == x[:, None]).float().mean().item() for name, x in wanted.items()}
+    def fair(self, wanted):
+        """Of `wanted`, what training pictures can have; prints the share right of those that are drawn at random.
+
+        Held-out things, for one, are in none of them.
+        """
+        chance = {name: (self.answers[name] == x[:, None]).float().mean().item() for name, x in wanted.items()}
+        print("chance of being right:", "  ".join(f"{name} {x:.2f}" for name, x in chance.items() if x))
+        return {name: x for name, x in wanted.items() if chance[name]}
 
 
 def frechet(features, others):
@@ -236,7 +241,7 @@ def frechet(features, others):
     values, vectors = torch.linalg.eigh(S)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                       # (d, d), S^½
     cross = torch.linalg.eigvalsh(root @ S_2 @ root).clamp(min=0).sqrt().sum()
-    return 100 * ((mean - mean_2).square().sum() + S.trace() + S_2.trace() - 2 * cross).item()
+    return 100 * max(0.0, ((mean - mean_2).square().sum() + S.trace() + S_2.trace() - 2 * cross).item())
 
 
 def interval(values, draws=1000):
@@ -353,10 +358,10 @@ def rebuild(config):
     metrics, columns, header = reconstruction(tokenizer, images, config.timesteps, scale)
     save_grid(config.out, list(zip(*columns))[:8], header)  # a row per image
     judge = Judge(config.data, size, config.judge_steps) if config.judge_steps else None
-    wanted, real = factors(held_out, rows), judge and judge.look(images)
     print(f"{len(images)} images, {config.split} of {config.data}; guidance {scale:g}; wrote {config.out}")
+    wanted = real = None
     if judge:
-        print("chance of being right:", "  ".join(f"{name} {x:.2f}" for name, x in judge.chance(wanted).items()))
+        wanted, real = judge.fair(factors(held_out, rows)), judge.look(images)
         report("original", images, None, judge, wanted, real)
     for name, column in zip(header[1:], columns[1:]):
         report(name, column, images, judge, wanted, real)
@@ -375,9 +380,8 @@ def generate(config):
     held_out = open_data(config.data, size, config.split, augment=False)
     images, rows = spread(held_out, config.n).to(gpt.device), spread_rows(held_out, config.n)  # (n, 3, S, S)
     judge = Judge(config.data, size, config.judge_steps)
-    wanted, real = factors(held_out, rows), judge.look(images)
     print(f"{len(images)} captions, {config.split} of {config.data}")
-    print("chance of being right:", "  ".join(f"{name} {x:.2f}" for name, x in judge.chance(wanted).items()))
+    wanted, real = judge.fair(factors(held_out, rows)), judge.look(images)
     report("real", images, None, judge, wanted, real)
     rebuilt, new = tokenizer.tokenize(images), written(gpt, captions=[held_out.caption(i) for i in rows])
     columns, ks, scale = [images], powers_of_two(gpt.config.length), tokenizer.recommended_guidance

@@ -2477,14 +2477,6 @@ def test_the_rows_of_a_digit_table_are_in_the_order_of_tokens():
     assert in_halves((7,)) == ((), (7,)) and DigitTable((), 8, std=1.0)().shape == (1, 8)  # one digit is all high half
 
 
-def test_the_length_of_a_step_is_a_power_of_two_drawn_from_seed_and_step():
-    config = train_ar.ARConfig(nested_length=True)
-    lengths = [train_ar.nested_length(config, step, 12) for step in range(200)]
-    assert set(lengths) == {1, 2, 4, 8, 12} and min(lengths.count(n) for n in set(lengths)) > 20
-    assert lengths == [train_ar.nested_length(config, step, 12) for step in range(200)]
-    assert {train_ar.nested_length(train_ar.ARConfig(), step, 12) for step in range(20)} == {12}
-
-
 @pytest.mark.parametrize("call, words", [
     (dict(k=0), "k=0: expected 1 to 12"), (dict(k=13), "k=13: expected 1 to 12"),
     (dict(temperature=-1.0), "temperature=-1.0"),
@@ -2927,7 +2919,7 @@ def trainer(request, tiny_vae, tiny_tokenizer, tiny_tokens, few_scenes):
             train(out, tiny_vae, log_every=1, registers=64, enc_depth=2, dec_depth=2, batch_size=16, eval_images=1,
                   **changes)
         else:
-            train_prior(out, tiny_tokenizer, tiny_tokens, log_every=1, depth=2, nested_length=True, **changes)
+            train_prior(out, tiny_tokenizer, tiny_tokens, log_every=1, depth=2, **changes)
         return [record for record in records(out) if "grad_norm" in record]
     return run
 
@@ -3256,14 +3248,16 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     assert "python evaluate.py generation" in capsys.readouterr().out
 
 
-def test_the_judge_knows_training_pictures_and_what_was_asked_for(monkeypatch):
+def test_the_judge_knows_training_pictures_and_what_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "open_data", lambda *names, **options: Shapes(16, "train", length=300))
     judge, scenes = evaluate.Judge("shapes", 16, 3), Shapes(16, "train", length=300)
     wanted, images = evaluate.factors(scenes, range(8)), to_float(torch.stack([scenes.get(i) for i in range(8)]))
     verdict, features = judge.verdict(images, {**wanted, "colour": (wanted["colour"] + 1) % 8})
     assert verdict["kind"].mean() == verdict["place"].mean() == 1 and verdict["colour"].max() == 0
     assert verdict["nearest"].min() > 60 and (features.norm(dim=1) - 1).abs().max() < 1e-5
-    assert judge.chance({"colour": torch.tensor([0, 0])})["colour"] == (judge.answers["colour"] == 0).float().mean()
+    assert list(judge.fair({"colour": torch.tensor([0, 1]), "kind": torch.tensor([8, 8])})) == ["colour"]
+    share = (judge.answers["colour"] <= 1).float().mean() / 2
+    assert capsys.readouterr().out == f"chance of being right: colour {share:.2f}\n"
     emoji = Emoji(64, "combinations", augment=False)
     assert {name: x.tolist() for name, x in evaluate.factors(emoji, [3]).items()} == {
         "thing": [emoji.members[3][1]], "style": [emoji.style(3)], "class": [emoji.label(3)]}

@@ -28,9 +28,9 @@ from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserE
                     check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average, from_cli,
                     generator, init_distributed, learning_rate, provenance, read_log, seconds_of, seed_step, shipped)
 from data import Cached, Shapes, batches, get_readable, open_data, spread_rows
-from evaluate import GROUPS, held_out_loss, sample_grid
+from evaluate import GROUPS, by_position, held_out_loss, sample_grid
 from images import save_curves, save_grid, to_float
-from model import FlexTok, powers_of_two
+from model import FlexTok
 from text import CaptionConfig, CaptionEncoder
 
 
@@ -58,7 +58,6 @@ class ARConfig:
     # method
     condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
     word_dropout: float = 0.0            # chance per caption that a coin decides for each word whether it stays
-    nested_length: bool = False          # train each step on the first 1, 2, 4, ... or all tokens, drawn anew
     # optimisation
     steps: int = 100_000                 # optimizer steps
     batch_size: int = 256                # images per step over all processes and micro-batches
@@ -88,16 +87,17 @@ class ARConfig:
 PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("class",), views=10, batch_size=1024,
              micro_batch=64, steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
-    "cpu": dict(          # 1 CPU core, 13 minutes, after train_tokenizer.py --preset cpu: drawn scenes
+    "cpu": dict(          # 1 CPU core, about 10 minutes, after train_tokenizer.py --preset cpu: drawn scenes
         data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=10, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0,
         steps=7000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=3500),
-    "emoji64-cpu": dict(  # 1 CPU core, 10 minutes, on the shipped tokenizer: emoji, by class and caption
-        data="emoji", tokenizer="assets/emoji64", out="out/emoji64-prior", views=1, augment=False, width=192, depth=4,
-        head_dim=48, caption_width=96, word_dropout=0.3, nested_length=True,
-        steps=4500, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.995, log_every=100, eval_every=1500),
+    "emoji64-cpu": dict(  # 2 CPU cores, an hour (not run), after train_tokenizer.py --preset emoji64-cpu
+        data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=4, width=192, depth=4,
+        head_dim=48, caption_width=96, word_dropout=0.3, cfg_scale=2.0,
+        steps=8000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, eval_every=2000),
     "emoji64": dict(      # one GPU, minutes (not run), after train_tokenizer.py --preset emoji64
-        data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior-gpu", views=64, width=384, depth=6,
+        data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=384, depth=6,
+        word_dropout=0.3, cfg_scale=2.0,
         steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
     "49M": dict(          # the paper's smallest (not run): 8 GPUs, ImageNet in --data, a trained --tokenizer
         PAPER, width=SIZES["49M"][0], depth=SIZES["49M"][1], out="out/prior-49M"),
@@ -174,12 +174,6 @@ def some_words(caption, keep):
     """Those of a caption's first W words for which `keep` (W,), bools, says so; all of them if that would be none."""
     words = caption.split()[:len(keep)]
     return " ".join([word for word, kept in zip(words, keep) if kept] or words)
-
-
-def nested_length(config, step, T):
-    """How many tokens step `step` trains on: T, or with --nested_length one of 1, 2, 4, ..., T, on all processes."""
-    lengths = powers_of_two(T) if config.nested_length else [T]
-    return lengths[np.random.default_rng((config.seed, step)).integers(len(lengths))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -288,13 +282,6 @@ def evaluate(gpt, tokenizer, held_out, config, step):
     return metrics
 
 
-def by_group(means, counts):
-    """Means of each position (T,), and how often each was trained -> the mean in each of `GROUPS`, and in all."""
-    each = [(mean or 0.0) * n for mean, n in zip(means, counts)]
-    total = lambda group: sum(each[slice(*group)]) / max(1, sum(counts[slice(*group)]))  # noqa: E731
-    return [total(group) if sum(counts[slice(*group)]) else None for group in GROUPS], total((0, None))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -331,8 +318,8 @@ def train(config, run, checkpoints, tokenizer, images):
     if config.init:
         go_on_from(config.init, raw)
     ema = Average(raw, config.ema_decay)
-    if config.compile:  # one graph; where sizes vary, by captions or --nested_length, others for sizes of 1: 4 at most
-        compile_blocks(raw.trunk.blocks, dynamic=config.nested_length or "text" in config.condition)
+    if config.compile:  # one graph; where captions vary in length, others for sizes of 1: 4 at most
+        compile_blocks(raw.trunk.blocks, dynamic="text" in config.condition)
     model = Loss(raw)
     if run.world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -351,8 +338,9 @@ def train(config, run, checkpoints, tokenizer, images):
             tokenizer=tokenizer.fingerprint(), **provenance(run))
 
     start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log, means, stop = Log(config.out, run, start, "stage 2 of 2, prior:", config.steps), Means(T, run), StopRequest()
-    stream, counts = batches(dataset, config.batch_size, config.seed, run, start, config.workers), [0] * T
+    log = Log(config.out, run, start, "stage 2 of 2, prior:", config.steps)
+    means, stop = Means(1 + len(GROUPS), run), StopRequest()
+    stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; {len(dataset) * views:,} x {T} tokens; "
             f"batch {config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; "
             f"steps {start} to {config.steps}")
@@ -377,8 +365,7 @@ def train(config, run, checkpoints, tokenizer, images):
                 group["lr"] = lr * group["lr_scale"]
             seed_step(config.seed, step, run)
             tokens, labels, indices = next(stream)                                # (b, K), (b,), (b,)
-            n = nested_length(config, step, T)
-            tokens = tokens[:, :n].to(run.device, non_blocking=True)              # (b, n)
+            tokens = tokens[:, :T].to(run.device, non_blocking=True)              # (b, T)
             if step == 0 and run.is_main:
                 draw_inputs(tokenizer, tokens, config)
             captions = [dataset.caption(i) for i in indices.tolist()]
@@ -388,25 +375,24 @@ def train(config, run, checkpoints, tokenizer, images):
                 model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
                 with autocast(run.device, config.precision), attention_kernel(run.device):
                     loss, losses = model(tokens[part], None if labels is None else labels[part],
-                                         None if captions is None else captions[part])  # (), (micro, n)
+                                         None if captions is None else captions[part])  # (), (micro, T)
                 scaler.scale(loss * micro / b).backward()
-                means.add(losses.sum(0), torch.full_like(losses[0], micro))       # (n,) each
+                means.add(*by_position(losses))
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             ema.update_parameters(raw)
-            counts = [count + (i < n) for i, count in enumerate(counts)]
 
             done = step + 1
             if done == config.stop_at:
                 stop.requested = True
             stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
             if stopping or evaluating or done % config.log_every == 0:
-                by_position, loss = by_group(means.take(), counts)
-                norm, counts = checkpoints.finite(done, loss, grad_norm), [0] * T
-                log.training(done, config.batch_size, loss=loss, loss_by_position=by_position, lr=lr, grad_norm=norm)
+                loss, *of_groups = means.take()
+                norm = checkpoints.finite(done, loss, grad_norm)
+                log.training(done, config.batch_size, loss=loss, loss_by_position=of_groups, lr=lr, grad_norm=norm)
             if stopping or evaluating:
                 metrics = evaluate_and_save(done, evaluating)
             if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
@@ -421,9 +407,9 @@ def train(config, run, checkpoints, tokenizer, images):
 def open_tokenizer(config, run):
     """The trained tokenizer, before anything is written: it may not be there. Raises UserError if it does not fit."""
     name = shipped(config.tokenizer)
-    made_by = {"out/cpu": "cpu", "out/emoji64": "emoji64", "out/d18-d28": "d18-d28"}.get(config.tokenizer)
+    made_by = [preset for preset in ("cpu", "emoji64-cpu", "emoji64", "d18-d28") if config.tokenizer == f"out/{preset}"]
     if made_by and not os.path.isdir(name):
-        raise UserError(f"--tokenizer {name}: is not there yet; run train_tokenizer.py --preset {made_by} first")
+        raise UserError(f"--tokenizer {name}: is not there yet; run train_tokenizer.py --preset {made_by[0]} first")
     tokenizer = FlexTok.from_pretrained(name, device=run.device)
     K = tokenizer.config.registers
     if config.length > K:

@@ -104,22 +104,20 @@ class TrainConfig:
 PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batch_size=2048, micro_batch=64,
              steps=100_000, lr=5.6e-4, warmup=8000, workers=12, sample_posterior=True)
 # What makes a run of minutes use its tokens at all: the README's FAQ has the reasons, JOURNAL.md what was measured
-SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, pure_noise_share=0.3, t_mean=0.5)
+SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, scale_codes=True, pure_noise_share=0.3, t_mean=0.5,
+             nested_dropout="uniform_pow2", levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
 PRESETS = {
-    "cpu": dict(          # 2 CPU cores, 9 minutes with its VAE: drawn scenes at 32 px; 14 dB at k = 1, 22 at k = 16
+    "cpu": dict(          # 2 CPU cores, about 10 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
-        enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
-        autoencoder_share=0.4, nested_dropout="uniform_pow2",
+        enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.4,
         steps=4000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000),
-    "emoji64-cpu": dict(  # 2 CPU cores, about 2 hours with its VAE: emoji at 64 px
-        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=20,
-        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=32,
-        autoencoder_share=0.2, nested_dropout="uniform_pow2",
-        steps=5000, batch_size=64, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=1000),
-    "emoji64": dict(      # one H100, a quarter of an hour and its VAE, by arithmetic (not run): emoji at 64 px
-        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=64,
-        patch_size=1, enc_depth=6, dec_depth=8, enc_width=384, dec_width=384, registers=64,
-        autoencoder_share=0.1, nested_dropout="uniform_pow2",
+    "emoji64-cpu": dict(  # 2 CPU cores, hours (not run): emoji at 64 px in four styles, 64 tokens of 10 bits
+        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=6,
+        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.2,
+        steps=10_000, batch_size=64, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=1000),
+    "emoji64": dict(      # one H100, a quarter of an hour and its VAE, by arithmetic (not run): a larger model
+        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16,
+        patch_size=1, enc_depth=6, dec_depth=8, enc_width=384, dec_width=384, registers=64, autoencoder_share=0.1,
         steps=20_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
     "d12-d12": dict(      # the paper's small one: 8 H100, 10 hours by arithmetic (not run), ImageNet in --data
         PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
