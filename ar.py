@@ -59,8 +59,8 @@ def look_back(q, k, v, scale, past=None, positions=None):
     if past is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # (B, nh, n, hd)
     keys, values = past
-    keys.index_copy_(2, positions, k.to(keys.dtype))  # in place, at one address: a CUDA graph can replay it
-    values.index_copy_(2, positions, v.to(keys.dtype))
+    keys[:, :, positions] = k.to(keys.dtype)  # in place, at one address: a CUDA graph can replay it
+    values[:, :, positions] = v.to(keys.dtype)
     seen = torch.arange(keys.shape[2], device=q.device) <= positions[:, None]     # (n, T)
     return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=seen, scale=scale)
 

@@ -316,17 +316,19 @@ def has_native_bf16(device):
 def compile_blocks(blocks, dynamic=True, **options):
     """torch.compile modules that compute the same on weights of their own: one graph serves all. Changes no name.
 
-    dynamic: for any batch and length above 1. A first trial of this in training gave 61 graphs, and weights 1e-3 off
-    after two steps. The graphs: torch takes sizes that are equal the first time for one size, so that others need a new
-    graph; and a default of 0.0 within its causal mask for a number that varies, which has it start anew, up to 13 times
-    a graph. The weights: AdamW divides a gradient by its size, so that where it is zero but for rounding, eager and
-    compiled steps go apart by the learning rate; gradients and losses agree within rounding.
+    A copy made afterwards would run the weights of the original. dynamic: for any batch and length above 1.
+
+    A first trial of this in training gave 61 graphs, and weights 1e-3 off after two steps. The graphs: torch takes
+    sizes that are equal the first time for one size, so that others need a new graph; and a default of 0.0 within its
+    causal mask for a number that varies, which has it start anew, up to 13 times a graph. The weights: AdamW divides a
+    gradient by its size, so that where it is zero but for rounding, eager and compiled steps go apart by the learning
+    rate; gradients and losses agree within rounding.
     """
     from torch.fx.experimental import _config  # late: it takes a second
     _config.use_duck_shape = False
     torch._dynamo.config.specialize_float = True
     for block in blocks:
-        block.compile(dynamic=dynamic, **options)
+        block.forward = torch.compile(block.forward, dynamic=dynamic, **options)
 
 
 def shard(trunks, units, run, precision):

@@ -2917,7 +2917,7 @@ def trainer(request, tiny_vae, tiny_tokenizer, tiny_tokens, few_scenes):
             vae_module.main(dataclasses.replace(VAE_TINY, out=str(out), **{"precision": "fp32", **changes}))
         elif request.param == "tokenizer":
             train(out, tiny_vae, log_every=1, registers=64, enc_depth=2, dec_depth=2, batch_size=16, eval_images=1,
-                  **changes)
+                  checkpoint_blocks=changes.get("resume", False), **changes)
         else:
             train_prior(out, tiny_tokenizer, tiny_tokens, log_every=1, depth=2, **changes)
         return [record for record in records(out) if "grad_norm" in record]

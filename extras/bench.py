@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import flow
 from ar import GPT, SIZES, GPTConfig, cross_entropy
 from common import UserError, attention_kernel, autocast, command, from_cli, pick_device
-from model import FlexTok, TokenizerConfig, norm, powers_of_two, room_for, unpatchify
+from model import Block, FlexTok, TokenizerConfig, norm, powers_of_two, room_for, unpatchify
 from vae import VAE, VAEConfig
 
 
@@ -80,7 +80,7 @@ def plain_encoder(encoder, latents):
     mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
     mask[:N, :N] = True  # patches see all patches, registers all patches and the registers before them
     for block in encoder.blocks:
-        x = block.forward(x, dense(mask))
+        x = Block.forward(block, x, dense(mask))
     return encoder.head(norm(x[:, N:]))                                           # (B, K, L)
 
 
@@ -163,7 +163,7 @@ def build(config, device, vae_width, width=None):
             if "adaln" in name or name.startswith("head"):  # these start at zero
                 torch.nn.init.normal_(p, std=0.02)
     if config.compile:
-        tokenizer.compile_blocks()  # only for who calls a block: the plain computations call its `forward`
+        tokenizer.compile_blocks()  # the plain computations call the class's `forward`
     return tokenizer.eval()
 
 
