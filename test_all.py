@@ -49,6 +49,7 @@ import sample
 import train_ar
 import train_tokenizer
 import vae as vae_module
+import video
 from ar import GPT, DigitTable, GPTConfig, cross_entropy, draw, in_halves, probabilities
 from common import Average, Run, UserError, from_cli, learning_rate, replacing
 from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
@@ -3165,6 +3166,416 @@ def test_fork_of_the_objective(tmp_path, monkeypatch, tiny_vae):
     edit(monkeypatch, flow.loss_per_sample, far)
     go_the_whole_way(tmp_path, monkeypatch, tiny_vae)
     assert all(1000 < record["loss"] < 1010 for record in records(tmp_path / "tokenizer") if "loss" in record)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# video: catches a frame that sees a later one, a row whose tokens depend on what follows, a mask off by a row, windows
+# that lose or repeat a frame, a given first frame that comes back changed; and proves the maskless calls and the
+# collapse of dropped registers against a plain computation with dense masks and all registers.
+
+CLIPS = video.VideoConfig(latent_channels=4, grid=(2, 3), patch_size=2, enc_width=64, enc_depth=2, enc_head_dim=32,
+                          dec_width=64, dec_depth=3, dec_head_dim=32, registers=8, enc_positions=9, dec_positions=7,
+                          code_positions=10, position_std=0.5, head_std=0.5)
+TINY_VIDTOK = video.VidTokConfig(channels=4, channel_mult=(1, 2, 2, 2), layers_per_block=1, latent_channels=4)
+
+
+def a_video_tokenizer(config=CLIPS, vae=TINY_VIDTOK, seed=0):
+    """A small one whose zero-initialised layers are filled, so that every path of it matters."""
+    torch.manual_seed(seed)
+    tokenizer = video.VideoFlexTok(config, video.VidTok(vae) if vae else video.Pixels())
+    with torch.no_grad():
+        for name, p in tokenizer.named_parameters():
+            if "adaln" in name or name.startswith("decoder.head") or "temporal" in name and "conv2" in name:
+                p.normal_(std=0.1)
+    return tokenizer.eval()
+
+
+def dense_mask(T, P, K, mode):
+    """Who may see whom among T blocks of P patches and K registers: the specification's table, entry by entry."""
+    block = torch.arange(T).repeat_interleave(P + K)
+    place = torch.arange(P + K).repeat(T)
+    q_block, k_block, q_place, k_place = block[:, None], block[None], place[:, None], place[None]
+    if mode == "full":
+        return torch.ones(len(block), len(block), dtype=torch.bool)
+    if mode == "time_block_causal":
+        return k_block <= q_block
+    return (k_block < q_block) | (k_block == q_block) & ((k_place < P) | (k_place <= q_place))
+
+
+def masked(sees):
+    return lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale)
+
+
+def plain_video_encoder(encoder, latents):
+    patches = encoder.patch_embed(latents)                                        # (B, T, P, D)
+    (B, T, P, _), K = patches.shape, encoder.registers.shape[1]
+    x = torch.cat([patches, encoder.registers[:T].expand(B, -1, -1, -1)], 2).flatten(1, 2)
+    for block in encoder.blocks:
+        x = block(x, masked(dense_mask(T, P, K, "time_block_causal_last")))
+    return encoder.head(model.norm(x.unflatten(1, (T, P + K))[:, :, P:]))
+
+
+def plain_video_decoder(decoder, x_t, t, codes, k_keep, null, prefix, mode, layers=None):
+    """All T·K registers, a mask, packed row by row. layers: return what comes out of so many blocks instead."""
+    patches = decoder.patch_embed(x_t)                                            # (B, T, P, D)
+    B, T, P, D = patches.shape
+    K = decoder.K
+    places = decoder.positions[0, :T, None] + decoder.positions[1, None, :K]      # (T, K, D)
+    registers = decoder.from_codes(codes) + places
+    registers = torch.where((torch.arange(K) >= k_keep[:, None])[:, None, :, None], decoder.mask_token, registers)
+    registers = torch.where((torch.arange(T) < prefix[:, None])[..., None, None], decoder.prefix_token, registers)
+    registers = torch.where(null[:, None, None, None], decoder.null_token, registers)
+    x = torch.cat([patches, registers], 2).flatten(1, 2)                          # (B, T·(P + K), D)
+    stream = (torch.arange(P + K) >= P).long().repeat(T)                          # 0 for patches, 1 for registers
+    embedding, attend = decoder.time_embed(t), masked(dense_mask(T, P, K, mode))
+    for block in decoder.blocks[:layers]:
+        m = block.modulation(embedding)[:, stream]                                # (B, T·(P + K), 6, D)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = m.unbind(2)
+        x = x + gate_attn * block.attn(model.norm(x) * (1 + scale_attn) + shift_attn, attend)
+        x = x + gate_mlp * block.mlp(model.norm(x) * (1 + scale_mlp) + shift_mlp)
+    x = x.unflatten(1, (T, P + K))
+    if layers is not None:
+        return x
+    shift, scale = decoder.head_adaln(F.silu(embedding))[:, None, None].chunk(2, -1)
+    x = decoder.head(model.norm(x[:, :, :P]) * (1 + scale) + shift)               # (B, T, P, p·p·C)
+    p, (h, w) = decoder.p, x_t.shape[3:]
+    x = x.view(B, T, h // p, w // p, p, p, -1).permute(0, 6, 1, 2, 4, 3, 5)
+    return x.reshape(B, -1, T, h, w)
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 1, "grid": (4, 6)}, {"registers": 1, "enc_depth": 1}])
+@pytest.mark.parametrize("T", [1, 3, 5])
+def test_the_encoder_s_calls_without_a_mask_are_the_dense_one(changes, T):
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, **changes))
+    latents = torch.randn(2, 4, T, 4, 6)
+    fast, plain = tokenizer.encoder(latents), plain_video_encoder(tokenizer.encoder, latents)
+    assert fast.shape == (2, T, tokenizer.config.registers, 6)
+    assert (fast - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["full", "time_block_causal"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_the_collapse_of_dropped_registers_changes_neither_velocities_nor_gradients(mode, patch_size):
+    """For clips of mixed k, clean first frames and the null condition, each with a t of its own."""
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, patch_size=patch_size, dec_mask=mode))
+    decoder, T = tokenizer.decoder, 4
+    x_t, t, codes = torch.randn(4, 4, T, 4, 6), torch.rand(4), torch.randn(4, T, 8, 6)
+    k_keep, null = torch.tensor([3, 1, 2, 3]), torch.tensor([False, False, False, True])
+    prefix, target = torch.tensor([0, 1, 2, 1]), torch.randn(4, 4, T, 4, 6)
+
+    def gradients(velocity):
+        tokenizer.zero_grad()
+        (velocity - target).square().mean().backward()
+        return {name: p.grad.clone() for name, p in decoder.named_parameters()}
+    fast = decoder(x_t, t, codes[:, :, :3], k_keep, null, prefix)  # 3 of 8 registers, and one for the 5 others
+    fast_gradients = gradients(fast)
+    plain = plain_video_decoder(decoder, x_t, t, codes, k_keep, null, prefix, mode)
+    for name, want in gradients(plain).items():
+        assert (fast_gradients[name] - want).norm() <= 1e-4 * want.norm() + 1e-8, name
+    assert (fast - plain).abs().max() < 1e-5
+    assert (decoder(x_t, t, codes, k_keep, null, prefix) - plain).abs().max() < 1e-5   # all 8, masked
+    nothing = decoder(x_t, t, codes[:, :, :0], None, null | True)  # one register a row, counted 8 times
+    want = plain_video_decoder(decoder, x_t, t, codes, k_keep, null | True, 0 * prefix, mode)
+    assert (nothing - want).abs().max() < 1e-5
+
+
+def test_dropped_registers_stay_equal_under_both_masks_of_the_decoder_and_not_under_the_encoder_s():
+    """So the collapse is exact there, for each row of each clip; rows differ from each other where time is causal."""
+    decoder = a_video_tokenizer().decoder
+    x_t, t, codes = torch.randn(2, 4, 3, 4, 6), torch.rand(2), torch.randn(2, 3, 8, 6)
+    none, P = torch.zeros(2, dtype=torch.long), 6
+
+    def spread_of(mode):  # between the dropped registers of a row, and between rows
+        x = plain_video_decoder(decoder, x_t, t, codes, none + 3, none > 0, none, mode, layers=3)[:, :, P + 3:]
+        return (x - x[:, :, :1]).abs().max(), (x - x[:, :1]).abs().max()
+    for mode, in_row, across in (("full", True, True), ("time_block_causal", True, False),
+                                 ("time_block_causal_last", False, False)):
+        of_row, of_rows = spread_of(mode)
+        assert (of_row < 1e-5) == in_row and (of_rows < 1e-5) == across, mode
+
+
+def test_a_video_of_one_frame_is_an_image_with_the_same_weights():
+    clips = a_video_tokenizer()
+    config = dataclasses.replace(SMALL, registers=8, grid=(2, 3))
+    images = a_tokenizer(config)
+    for ours, theirs in ((clips.encoder, images.encoder), (clips.decoder, images.decoder)):
+        shared = {name: x for name, x in ours.state_dict().items() if x.shape == theirs.state_dict().get(name, x).shape
+                  and "positions" not in name and name in theirs.state_dict()}
+        positions = video.sum_of_positions(ours.patch_embed.positions, 1, 2, 3)[0]            # (2, 3, D)
+        theirs.load_state_dict(shared, strict=False)
+        theirs.patch_embed.positions.copy_(positions.permute(2, 0, 1)[None])
+    with torch.no_grad():
+        images.encoder.registers.copy_(clips.encoder.registers[0])
+        images.decoder.positions.copy_(clips.decoder.positions[0, :1] + clips.decoder.positions[1, :8])
+        latents, x_t, t, codes = torch.randn(2, 4, 4, 6), torch.randn(2, 4, 4, 6), torch.rand(2), torch.randn(2, 8, 6)
+        assert (clips.encoder(latents[:, :, None])[:, 0] - images.encoder(latents)).abs().max() < 1e-5
+        for k in (0, 3, 8):
+            ours = clips.decoder(x_t[:, :, None], t, codes[:, None, :k])[:, :, 0]
+            assert (ours - images.decoder(x_t, t, codes[:, :k])).abs().max() < 1e-5
+        null = torch.tensor([True, False])
+        ours = clips.decoder(x_t[:, :, None], t, codes[:, None], torch.tensor([2, 5]), null)[:, :, 0]
+        assert (ours - images.decoder(x_t, t, codes, torch.tensor([2, 5]), null)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vae", [TINY_VIDTOK, None])
+def test_a_frame_changes_its_own_row_of_tokens_and_later_ones_only(vae):
+    config = dataclasses.replace(CLIPS, latent_channels=4 if vae else 12, levels=(64,) * 6)
+    tokenizer = a_video_tokenizer(config, vae)
+    clip = torch.rand(1, 3, 17, 32, 48) * 2 - 1 if vae else torch.rand(1, 3, 17, 4, 6) * 2 - 1
+    before = tokenizer.tokenize(clip)[0]
+    assert before.shape == (1, 5, 8)
+    for frame in range(17):
+        other = clip.clone()
+        other[:, :, frame] = -other[:, :, frame]
+        changed = (tokenizer.tokenize(other)[0] != before).any(-1)[0]              # (5,)
+        row = math.ceil(frame / 4)
+        assert not changed[:row].any() and changed[row], frame
+    for j in range(5):  # a clip's beginning has the tokens that it has alone
+        assert torch.equal(tokenizer.tokenize(clip[:, :, :1 + 4 * j])[0], before[:, :1 + j])
+    assert torch.equal(tokenizer.tokenize(clip, k=3)[0], before[..., :3])
+
+
+def test_windows_cover_every_frame_and_share_one():
+    assert video.windows(1) == [(0, 1)] and video.windows(17) == [(0, 17)]
+    assert video.windows(49) == [(0, 17), (16, 33), (32, 49)]
+    assert video.windows(34, 17, 0) == [(0, 17), (17, 34)] and video.windows(9, 5, 1) == [(0, 5), (4, 9)]
+    for frames in (0, 18, 32, 48):
+        with pytest.raises(ValueError, match=f"^{frames} frames: expected at most 17, or 17 \\+ 16n"):
+            video.windows(frames)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overlap", [0, 1, 5])
+def test_windows_of_a_long_clip_have_the_right_rows_and_decode_to_the_right_frames(overlap):
+    stride = 17 - overlap
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, stride=stride, latent_channels=12), None)
+    clip = torch.rand(2, 3, 17 + 2 * stride, 4, 6) * 2 - 1
+    tokens = tokenizer.tokenize(clip)
+    rows = 5 + 2 * (5 - (overlap + 3) // 4)
+    assert [x.shape for x in tokens] == [(1, rows, 8)] * 2
+    second = tokenizer.tokenize(clip[:, :, stride:stride + 17])  # depends on its own frames alone
+    fresh = (overlap + 3) // 4
+    assert torch.equal(tokens[0][:, 5:10 - fresh], second[0][:, fresh:])
+    draw = dict(timesteps=2, guidance_scale=3.0)
+    rebuilt = tokenizer.detokenize(tokens, generator=torch.Generator().manual_seed(0), **draw)
+    assert rebuilt.shape == clip.shape
+    alone = tokenizer.detokenize([tokens[0][:, :5]], noise=[torch.zeros(1, 12, 5, 4, 6)], **draw)
+    noise = [torch.zeros(1, 12, 5, 4, 6), torch.randn(1, 12, 5, 4, 6), torch.zeros(1, 12, 5, 4, 6)]
+    longer = tokenizer.detokenize(tokens[:1], noise=noise, **draw)
+    assert torch.equal(longer[:, :, :17], alone)  # what comes later changes nothing
+    with pytest.raises(ValueError, match="rows of tokens: expected at most 5"):
+        tokenizer.detokenize([tokens[0][:, :-1]], **draw)
+
+
+@torch.no_grad()
+def test_frames_that_are_given_come_back_and_their_tokens_do_not_matter():
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
+    clip = torch.rand(2, 3, 33, 4, 6) * 2 - 1
+    tokens = [x[..., :3] for x in tokenizer.tokenize(clip)]
+    noise = [torch.randn(2, 12, 5, 4, 6) for _ in range(2)]
+    draw = dict(timesteps=2, guidance_scale=3.0, noise=noise)
+    for given in (1, 5):
+        rebuilt = tokenizer.detokenize(tokens, first_frames=clip[:, :, :given], **draw)
+        assert torch.equal(rebuilt[:, :, :given], clip[:, :, :given]) and rebuilt.shape == clip.shape
+        other = [x.clone() for x in tokens]
+        for x in other:
+            x[:, :(given + 3) // 4] = 7
+        assert torch.equal(tokenizer.detokenize(other, first_frames=clip[:, :, :given], **draw), rebuilt)
+    free = tokenizer.detokenize(tokens, **draw)
+    assert (free[:, :, 0] - clip[:, :, 0]).abs().max() > 0.1
+    # the second window goes on from the last frame of the first
+    second = tokenizer.detokenize([torch.cat([x[:, :1], x[:, 5:]], 1) for x in tokens], 2, 3.0, noise=noise[1:],
+                                  first_frames=free[:, :, 16:17])
+    assert torch.equal(second[:, :, 1:], free[:, :, 17:])
+    vidtok = a_video_tokenizer()  # and through a VAE the latents do
+    given = torch.randn(2, 4, 1, 4, 6)
+    x = vidtok.sample(torch.randn(2, 4, 5, 4, 6), torch.randn(2, 5, 3, 6), 2, 3.0, flow.cfg, None, given)
+    assert torch.equal(x[:, :, :1], given)
+
+
+@torch.no_grad()
+def test_clips_of_different_k_are_padded_and_masked_also_beyond_a_window():
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
+    tokens = tokenizer.tokenize(torch.rand(2, 3, 33, 4, 6) * 2 - 1)
+    noise = [torch.randn(2, 12, 5, 4, 6) for _ in range(2)]
+    both = tokenizer.detokenize([tokens[0][0, :, :2], tokens[1]], 2, 3.0, noise=noise)
+    for i, k in enumerate((2, 8)):
+        alone = tokenizer.detokenize([tokens[i][..., :k]], 2, 3.0, noise=[x[i:i + 1] for x in noise])
+        assert (alone[0] - both[i]).abs().max() < 1e-5
+    for wrong, words in (([], "the list is empty"), ([tokens[0][..., :0]], "k from 1 to 8"),
+                         ([tokens[0], tokens[1][:, :5]], "clip 1 has 5 rows"), ([tokens[0] + 10**6], "out of range")):
+        with pytest.raises(ValueError, match=words):
+            tokenizer.detokenize(wrong)
+    for wrong, words in ((torch.zeros(1, 3, 18, 4, 6), "18 frames"), (torch.zeros(1, 3, 4, 4, 6), "4 frames"),
+                         (torch.zeros(1, 3, 17, 4, 7), "side 7"), (torch.zeros(3, 17, 4, 6), "shape"),
+                         (torch.zeros(1, 3, 17, 4, 6).byte(), "uint8")):
+        with pytest.raises(ValueError, match=words):
+            tokenizer.tokenize(wrong)
+    with pytest.raises(ValueError, match="k=9: expected 1 to 8"):
+        tokenizer.tokenize(torch.zeros(1, 3, 1, 4, 6), k=9)
+
+
+def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_path):
+    changes = dict(dec_mask="time_block_causal", patch_size=1, grid=(4, 6), stride=17, max_timestep=1000.0)
+    pixels = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
+    pixels.save_pretrained(str(tmp_path / "pixels"), note="1")
+    again = video.VideoFlexTok.from_pretrained(str(tmp_path / "pixels"))
+    assert again.config == pixels.config and again.notes == {"note": "1"} and not again.training
+    assert same_tensors(again.state_dict(), pixels.state_dict())
+    with pytest.raises(UserError, match="without VidTok"):
+        export_official(pixels, str(tmp_path / "no"))
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, **changes), video.VidTokConfig(4, (1, 2, 2), 2, 4))
+    tokenizer.save_pretrained(str(tmp_path / "ours"))
+    export_official(tokenizer, str(tmp_path / "official"))
+    usual = dataclasses.replace(tokenizer.config, position_std=0.02, head_std=0.0)  # they matter at the start only
+    for path, config in (("ours", tokenizer.config), ("official", usual)):
+        again = video.VideoFlexTok.from_pretrained(str(tmp_path / path))
+        assert again.config == config and again.vae.config == tokenizer.vae.config
+        assert same_tensors(again.state_dict(), tokenizer.state_dict())
+    (tmp_path / "ours/config.json").write_text((tmp_path / "ours/config.json").read_text().replace("full", "ring")
+                                               .replace("time_block_causal", "ring"))
+    with pytest.raises(UserError, match="config.json: tokenizer: dec_mask 'ring': expected full or"):
+        video.VideoFlexTok.from_pretrained(str(tmp_path / "ours"))
+
+
+@pytest.fixture(scope="module")
+def golden_video():
+    """(our model with official weights, expected tensors, the clip, their directory)."""
+    directory = golden_directory("video")
+    expected = load_file(f"{directory}/golden.safetensors")
+    clip = expected["video_u8"].float() / 127.5 - 1
+    return video.VideoFlexTok.from_pretrained(directory), expected, clip, directory
+
+
+@torch.no_grad()
+def test_official_moments_tokens_and_velocities_of_clips_come_out(golden_video):
+    tokenizer, expected, clip, _ = golden_video
+    for frames, name in ((17, "vae_moments"), (1, "vae_moments_T1")):
+        moments = tokenizer.vae.encoder(torch.cat([clip[:, :, :1].expand(-1, -1, 3, -1, -1), clip[:, :, :frames]], 2))
+        assert (moments - expected[name]).abs().max() < 1e-4
+        posterior, (mean, logvar) = tokenizer.vae.encode(clip[:, :, :frames]), expected[name].chunk(2, 1)
+        assert (posterior.mean - mean).abs().max() < 1e-4
+        assert (posterior.logvar - logvar.clamp(-30, 20)).abs().max() < 1e-4
+    latents = expected["vae_moments"][:, :16]
+    assert (tokenizer.vae.decode(latents) - expected["vae_decode"]).abs().max() < 1e-3
+    encoded = tokenizer.encoder(latents)
+    assert (encoded - expected["enc_prequant"]).abs().max() < 1e-4
+    assert (plain_video_encoder(tokenizer.encoder, latents) - expected["enc_prequant"]).abs().max() < 1e-4
+    codes, tokens = tokenizer.quantizer(encoded)
+    assert torch.equal(codes, expected["quants"]) and torch.equal(tokens, expected["tokens_chunk0"])
+    for frames, name in ((1, "tokens_T1"), (17, "tokens_17"), (33, "tokens")):
+        assert torch.equal(tokenizer.tokenize(clip[:, :, :frames])[0], expected[name])
+    codes, noise, keep = expected["dec_quants"], expected["noise"], torch.tensor([3, 16])
+    late, early, all_null = torch.tensor([0.7]), torch.tensor([0.3]), torch.ones(2, dtype=torch.bool)
+    decoder = tokenizer.decoder
+    for want, got in (("vel_t0.7", decoder(noise, late, codes)),
+                      ("vel_t0.7_null", decoder(noise, late, codes, null=all_null)),
+                      ("vel_t0.7_null", decoder(noise, late, codes[:, :, :0], null=all_null)),
+                      ("vel_t0.3_keep", decoder(noise, early, codes, keep)),
+                      ("vel_t0.3_keep_prefix1", decoder(noise, early, codes, keep, prefix=torch.ones(2)))):
+        assert (got - expected[want]).abs().max() < 1e-4, want
+    short = decoder(noise[:1], early, codes[:1, :, :3])
+    assert (short - expected["vel_t0.3_keep"][:1]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_official_samples_of_clips_come_out_and_a_film_of_two_windows(golden_video):
+    tokenizer, expected, _, _ = golden_video
+    codes, noise, keep = expected["dec_quants"], expected["noise"], torch.tensor([3, 16])
+    axes = (2, 3, 4)  # of the norms: for each channel
+
+    def close(name, scale, guide, samples=2, k_keep=keep, given=None):
+        got = tokenizer.sample(noise[:samples], codes[:samples], 4, scale, guide, k_keep, given)
+        assert (got - expected[name]).abs().max() < 1e-3, name
+    close("sample_plain", 1.0, flow.cfg)
+    close("sample_cfg4", 4.0, flow.cfg)
+    close("sample_apg12", 12.0, flow.APG(0.0, 0.6, 0.0, axes))
+    close("sample_apg12_eta_thr", 12.0, flow.APG(0.0, 5.0, 0.3, axes))
+    close("sample_apg_momentum_b1", 12.0, flow.APG(-0.5, 0.6, 0.0, axes), 1, None)
+    close("sample_cond_clean", 4.0, flow.cfg, 1, None, expected["vae_moments_T1"][:, :16])
+    film = tokenizer.detokenize([expected["tokens"][..., :3]], 3, 8.0, noise=list(expected["window_noise"]))
+    assert (film - expected["window_video"]).abs().max() < 2e-3
+    guided = flow.APG(0.0, 2.5, 0.2, axes)(expected["apg_cond"], expected["apg_uncond"], 10)
+    assert (guided - expected["apg_out"]).abs().max() < 1e-5
+    for mode in ("time_block_causal", "time_block_causal_last"):
+        assert torch.equal(dense_mask(3, 4, 3, mode), expected[f"mask_{mode}"].bool())
+
+
+def a_video_checkpoint(source, directory, change):
+    """The official files of `source`, with config and tensors changed by change(config, tensors)."""
+    config, tensors = json.load(open(f"{source}/config.json")), load_file(f"{source}/model.safetensors")
+    change(config, tensors)
+    os.makedirs(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
+    return str(directory)
+
+
+def test_every_official_form_of_a_video_tokenizer_is_read(golden_video, tmp_path, capsys):
+    """Patches packed first; entries, modules and wrapping by other names; a REPA head; a single file."""
+    tokenizer, _, _, source = golden_video
+
+    def patches_first(config, tensors):
+        for module in config["video_flex_tok"]["decoder"]["module_dict"].values():
+            for key in ("input_list_read_keys", "inner_seq_write_keys"):
+                if key in module:
+                    module[key].reverse()
+        for name in [name for name in tensors if "dec_transformer" in name and "adaLN" in name]:
+            tensors[name] = torch.cat(tensors[name].chunk(2)[::-1])
+
+    def renamed(config, tensors):
+        text = json.dumps(config).replace('"dec_registers"', '"r"').replace("dec_time_embedder", "clock")
+        config.clear()
+        config.update(json.loads(text))
+        for name in list(tensors):
+            tensors["video_tokenizer." + name.replace("dec_time_embedder", "clock")] = tensors.pop(name)
+
+    def with_repa(config, tensors):
+        modules = config["video_flex_tok"]["decoder"]["module_dict"]
+        modules["dec_transformer"] |= {"intermediate_layers": [1], "intermediate_layer_write_key": "deep"}
+        modules["dec_repa"] = {"_target_": "videoflextok.model.postprocessors.heads.TransformerHead",
+                               "read_key": "deep", "write_key": "repa", "dim": 128, "dim_out": 32}
+        tensors["decoder.module_dict.dec_repa.proj.weight"] = torch.zeros(32, 128)
+
+    for i, changed in enumerate((lambda config, tensors: None, patches_first, renamed, with_repa)):
+        path = a_video_checkpoint(source, tmp_path / str(i), changed)
+        again = video.VideoFlexTok.from_pretrained(path)
+        assert again.config == tokenizer.config and same_tensors(again.state_dict(), tokenizer.state_dict())
+        if i < 2:  # back into the official form: the same bytes and config
+            export_official(again, str(tmp_path / f"out{i}"))
+            after, before = (load_file(f"{p}/model.safetensors") for p in (tmp_path / f"out{i}", path))
+            assert same_tensors(after, before)
+            assert json.load(open(tmp_path / f"out{i}/config.json")) == json.load(open(f"{path}/config.json"))
+    pretrained.main(["convert", source, str(tmp_path / "ours")])
+    pretrained.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back")])
+    assert same_tensors(load_file(tmp_path / "back/model.safetensors"), load_file(f"{source}/model.safetensors"))
+    pretrained.main(["inspect", source])
+    assert "a video tokenizer (VideoFlexTok) in the official form" in capsys.readouterr().out
+    alone = video.VideoFlexTok.from_pretrained(f"{source}/model.safetensors")  # whose metadata have no size of frames
+    assert dataclasses.replace(alone.config, grid=(4, 4)) == tokenizer.config
+    assert same_tensors(alone.state_dict(), tokenizer.state_dict())
+
+
+@pytest.mark.parametrize("path, value, words", [
+    ("decoder/dec_seq_packer/mask_mode", "causal", "dec_mask 'causal': expected full or time_block_causal"),
+    ("decoder/dec_seq_packer/input_list_read_keys", ["dec_patches", "dec_registers"], "wired in another way"),
+    ("encoder/enc_seq_packer/mask_mode", "time_block_causal", "expected 'time_block_causal_last'"),
+    ("encoder/enc_seq_packer/input_list_read_keys", ["enc_registers", "enc_patches"], "wired in another way"),
+    ("decoder/dec_prefix_masking", ..., "dec_latent_dropout (LearnedNullCond) is out of order"),
+    ("decoder/dec_time_embedder/_target_", "os.system", "_target_ 'os.system' is nothing of the official package"),
+    ("decoder/dec_patches_posemb_module/posemb_type", "sincos", "posemb_type 'sincos' is not supported"),
+    ("encoder/enc_register_module/t_max", 4, "t_max 4 for windows of 17 frames"),
+    ("encoder/enc_patch_emb/patch_sizes", [2, 2, 2], "another module has"),
+    ("vae/tokenizer_id", "vidtok_fsq_causal_488_262144", "tokenizer_id 'vidtok_fsq_causal_488_262144'"),
+    ("decoder", ..., "decoder is None"),
+])
+def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(golden_video, tmp_path, path, value, words):
+    source = golden_video[3]
+    path = a_video_checkpoint(source, tmp_path / "a", lambda config, _: change(config["video_flex_tok"], path, value))
+    with pytest.raises(UserError) as caught:
+        video.VideoFlexTok.from_pretrained(path)
+    assert words in str(caught.value) and "\n" not in str(caught.value), caught.value
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,814 @@
+"""
+VideoFlexTok: a clip becomes rows of ordered tokens, a row for its first frame and one for every four frames after it.
+
+    clip (B,3,F,H,W) --VidTok--> latents (B,C,T,h,w) --Encoder--> (B,T,K,L) --FSQ--> codes = tokens (B,T,K)
+    clip <--VidTok-- latents <--flow sampler-- noise, where velocity = Decoder(x_t, t, the first k codes of every row)
+
+What video adds to model.py, and why. A clip of one frame is an image, and goes through the same numbers.
+- Time is causal: a latent frame, and the row of tokens beside it, sees itself and what came before. So a clip can be
+  tokenised while it is filmed, its beginning means the same however it goes on, and a prior can write it in order.
+- The first frame has latents and tokens of its own, the others share them by four: nothing precedes it that it could
+  be told from, and it is by far the most that one has to say about a clip. Later rows say what changed.
+- One k per clip: its T rows are read together, so a row of 1 token between rows of 256 would never occur in use.
+- Long clips are cut into windows of 17 frames, which is what the networks learn on and what bounds the memory. Windows
+  overlap by a frame: the last one decoded is given to the next window as its first, clean. Without it every window
+  would paint the details that its tokens leave open anew, and the film would jump every two seconds.
+
+Paper: VideoFlexTok (Apple, EPFL), after its public inference code; VidTok, arXiv 2412.13061, is the VAE.
+Letters as in model.py, and: F frames, T latent frames = rows of tokens, P patches of one latent frame, M table length.
+
+    python video.py         # prints who attends to whom, windows, shapes           Next: train_video.py
+"""
+import os
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import flow
+from common import UserError, checked, load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json
+from images import check_images
+from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, init_linear, make_quantizer, norm, patchify,
+                   token_parameter, unpatchify)
+from vae import Posterior
+
+
+@dataclass
+class VideoConfig:
+    """Sizes of encoder and decoder. The defaults are d18-d28 at 256 px, as released."""
+    latent_channels: int = 16
+    frames: int = 17                  # of a window, 1 + 4·(T - 1)
+    stride: int = 16                  # frames from the start of a window to the next: frames less 0, 1, 5, ... shared
+    grid: tuple = (16, 16)            # patches (rows, columns) of a training frame; other frame sizes work too
+    patch_size: int = 2               # latents per patch side; in time a patch is one latent frame
+    enc_width: int = 1152
+    enc_depth: int = 18
+    enc_head_dim: int = 64
+    dec_width: int = 1792
+    dec_depth: int = 28
+    dec_head_dim: int = 64
+    dec_mask: str = "full"            # who sees whom in the decoder: full, or time_block_causal
+    registers: int = 256              # K, the most tokens a row can have
+    enc_positions: int = 32           # M of the tables of positions: at least T, and the patches of either side;
+    dec_positions: int = 32           # of the decoder's patches,
+    code_positions: int = 256         # and of its registers: at least T and K
+    levels: tuple = (8, 8, 8, 5, 5, 5)
+    max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
+    drop_quant_p: float = 0.0         # see FSQ
+    corrupt_tokens_p: float = 0.0     # see FSQ
+    position_std: float = 0.02        # as in TokenizerConfig: at initialisation only, of the decoder's registers,
+    code_std: float = 0.0             # of its first layer; 0: Xavier as all others,
+    head_std: float = 0.0             # of the encoder's last layer
+
+    def __post_init__(self):
+        if len(self.grid) != 2:
+            raise ValueError(f"grid {self.grid}: expected (rows, columns)")
+        if self.dec_mask not in ("full", "time_block_causal"):
+            raise ValueError(f"dec_mask {self.dec_mask!r}: expected full or time_block_causal")
+        if self.frames % 4 != 1:
+            raise ValueError(f"frames {self.frames}: expected 1 + 4n in a window")
+        if self.overlap and (self.overlap % 4 != 1 or not 0 < self.overlap < self.frames):
+            raise ValueError(f"stride {self.stride}: expected windows of {self.frames} to share 0 or 1 + 4n frames")
+        for name in ("drop_quant_p", "corrupt_tokens_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a chance, 0 to 1")
+
+    @property
+    def overlap(self):
+        """Frames that a window shares with the one before it."""
+        return self.frames - self.stride
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VidTok: the causal 3-D VAE. Names of modules are those of its public checkpoints.
+
+
+@dataclass
+class VidTokConfig:
+    """Shape of the VAE. Defaults are vidtok_kl_causal_488_16chn's, the one released tokenizers work in."""
+    channels: int = 128               # feature channels of the finest level
+    channel_mult: tuple = (1, 2, 4, 4)  # and how many times as many the levels have; n levels downsample by 2^(n - 1)
+    layers_per_block: int = 2         # pairs of residual blocks per level in the encoder; the decoder has one more
+    latent_channels: int = 16
+
+    def __post_init__(self):
+        if not 3 <= len(self.channel_mult) <= 8:
+            raise ValueError(f"channel_mult {self.channel_mult}: expected 3 to 8 levels, of which two halve time too")
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of (B, c, T, H, W), at every place by itself: no statistics that later frames enter.
+
+    That is why it is not GroupNorm, as in image VAEs: those take means over all places, hence over the future.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.LayerNorm(c, eps=1e-6)
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)                         # (B, c, T, H, W)
+
+
+class FrameConv(nn.Conv2d):
+    """A 2-D convolution of every frame: (B, c_in, T, H, W) -> (B, c_out, T, H', W')."""
+
+    def __init__(self, c_in, c_out, size=3, **options):
+        super().__init__(c_in, c_out, size, **{"padding": size // 2, **options})
+
+    def forward(self, x):
+        frames = super().forward(x.transpose(1, 2).flatten(0, 1))                 # (B·T, c_out, H', W')
+        return frames.unflatten(0, (len(x), -1)).transpose(1, 2)                  # (B, c_out, T, H', W')
+
+
+class TimeConv(nn.Module):
+    """A 1-D convolution over time of every pixel, causal: two zero frames before the first, none after the last."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv = nn.Conv1d(c_in, c_out, 3)
+
+    def forward(self, x):
+        # as a 3-D convolution of size (3, 1, 1): no pixel has to be moved
+        return F.conv3d(in_time(x, 2), self.conv.weight[..., None, None], self.conv.bias)  # (B, c_out, T, H, W)
+
+
+class CausalConv(nn.Module):
+    """A 3-D convolution that looks back in time only: (B, c_in, T, H, W) -> (B, c_out, T/stride, H, W)."""
+
+    def __init__(self, c_in, c_out, size=3, stride=1):
+        super().__init__()
+        self.before = size - stride  # zero frames in front
+        self.conv = nn.Conv3d(c_in, c_out, size, stride=(stride, 1, 1), padding=(0, size // 2, size // 2))
+
+    def forward(self, x):
+        return self.conv(in_time(x, self.before))                                 # (B, c_out, T/stride, H, W)
+
+
+def in_time(x, before):
+    """Put `before` zero frames in front of (B, c, T, H, W)."""
+    return F.pad(x, (0, 0, 0, 0, before, 0))                                      # (B, c, before + T, H, W)
+
+
+class ResBlock(nn.Module):
+    """(B, c_in, T, H, W) -> (B, c_out, T, H, W): twice norm, SiLU, convolution of a kind, plus the input."""
+
+    def __init__(self, conv, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = ChannelNorm(c_in), conv(c_in, c_out)
+        self.norm2, self.conv2 = ChannelNorm(c_out), conv(c_out, c_out)
+        self.nin_shortcut = FrameConv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        if conv is TimeConv:  # a new VAE begins as one of single images
+            nn.init.zeros_(self.conv2.conv.weight)
+            nn.init.zeros_(self.conv2.conv.bias)
+
+    def forward(self, x):
+        residual = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(residual)))
+
+
+class FrameAttention(nn.Module):
+    """Self-attention among the positions of each frame of (B, c, T, h, w), with one head of size c, plus the input."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = ChannelNorm(c)
+        self.q, self.k, self.v, self.proj_out = (CausalConv(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        def tokens(y):
+            return y.permute(0, 2, 3, 4, 1).flatten(2, 3)                         # (B, c, T, h, w) -> (B, T, h·w, c)
+        y = self.norm(x)
+        y = F.scaled_dot_product_attention(*(tokens(of(y)) for of in (self.q, self.k, self.v)))  # (B, T, h·w, c)
+        y = y.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)                    # (B, c, T, h, w)
+        return x + self.proj_out(y)
+
+
+class SpaceDown(nn.Module):
+    """(B, c, T, H, W) -> (B, c, T, H/2, W/2)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = FrameConv(c, c, stride=2, padding=0)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                  # (B, c, T, H/2, W/2)
+
+
+class SpaceUp(nn.Module):
+    """(B, c, T, h, w) -> (B, c, T, 2h, 2w)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = FrameConv(c, c)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"))  # (B, c, T, 2h, 2w)
+
+
+class TimeDown(nn.Module):
+    """(B, c, T, H, W) -> (B, c, T/2, H, W): a learned mixture of the mean of frames and a strided convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = CausalConv(c, c, stride=2)
+
+    def forward(self, x):
+        share = torch.sigmoid(self.mix_factor)
+        # the zero frame in front counts in the mean
+        mean = F.avg_pool3d(in_time(x, 1), (3, 1, 1), (2, 1, 1))                  # (B, c, T/2, H, W)
+        return share * mean + (1 - share) * self.conv(x)
+
+
+class TimeUp(nn.Module):
+    """(B, c, T, H, W) -> (B, c, 2T, H, W): a learned mixture of every frame twice and a convolution of that."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = CausalConv(c, c)
+
+    def forward(self, x):
+        share = torch.sigmoid(self.mix_factor)
+        twice = x.repeat_interleave(2, 2)                                         # (B, c, 2T, H, W)
+        return share * twice + (1 - share) * self.conv(twice)
+
+
+class Level(nn.Module):
+    """Residual blocks of one kind at one resolution, and a change of it in space or time."""
+
+    def __init__(self, conv, c_in, c_out, layers, down=None, up=None):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(conv, c_in if j == 0 else c_out, c_out) for j in range(layers))
+        if down:
+            self.downsample = down(c_out)
+        if up:
+            self.upsample = up(c_out)
+
+
+class MidBlock(nn.Module):
+    """At the coarsest resolution, (B, c, T, h, w) -> the same: the only place where distant positions meet."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.block_1, self.block_2 = (ResBlock(CausalConv, c, c) for _ in range(2))
+        self.attn_1 = FrameAttention(c)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+def blocks_of(space, time):
+    """The two kinds of blocks of a level, in turn: what is beside each other, then what follows each other."""
+    for in_space, over_time in zip(space.block, time.block):
+        yield from (in_space, over_time)
+
+
+class VAEEncoder(nn.Module):
+    """video (B, 3, F, H, W), F a multiple of 4 -> moments (B, 2C, F/4, H/f, W/f)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, n = [config.channels * factor for factor in config.channel_mult], len(config.channel_mult)
+        self.conv_in = CausalConv(3, c[0])
+        # level by level; space is halved after all but the last, time after the last two of these
+        self.down = nn.ModuleList(Level(FrameConv, c[max(i - 1, 0)], c[i], config.layers_per_block,
+                                        down=SpaceDown if i < n - 1 else None) for i in range(n))
+        self.down_temporal = nn.ModuleList(Level(TimeConv, c[i], c[i], config.layers_per_block,
+                                                 down=TimeDown if n - 3 <= i < n - 1 else None) for i in range(n))
+        self.mid = MidBlock(c[-1])
+        self.norm_out = ChannelNorm(c[-1])
+        self.conv_out = CausalConv(c[-1], 2 * config.latent_channels)
+
+    def forward(self, video):
+        x = self.conv_in(video)                                                   # (B, c_0, F, H, W)
+        for space, time in zip(self.down, self.down_temporal):
+            for block in blocks_of(space, time):
+                x = block(x)                                                      # (B, c_i, F', H/2^i, W/2^i)
+            for level in (space, time):
+                x = level.downsample(x) if hasattr(level, "downsample") else x
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))                  # (B, 2C, F/4, H/f, W/f)
+
+
+class VAEDecoder(nn.Module):
+    """latents (B, C, T, h, w) -> video (B, 3, 4T, f·h, f·w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, n = [config.channels * factor for factor in config.channel_mult], len(config.channel_mult)
+        layers = config.layers_per_block + 1
+        self.conv_in = CausalConv(config.latent_channels, c[-1])
+        self.mid = MidBlock(c[-1])
+        # numbered as in the encoder, finest first, and run from last to first
+        self.up = nn.ModuleList(Level(FrameConv, c[min(i + 1, n - 1)], c[i], layers,
+                                      up=SpaceUp if i > 0 else None) for i in range(n))
+        self.up_temporal = nn.ModuleList(Level(TimeConv, c[i], c[i], layers,
+                                               up=TimeUp if n - 3 <= i < n - 1 else None) for i in range(n))
+        self.norm_out = ChannelNorm(c[0])
+        self.conv_out = CausalConv(c[0], 3)
+
+    def forward(self, latents):
+        x = self.mid(self.conv_in(latents))                                       # (B, c_n, T, h, w)
+        for space, time in zip(reversed(self.up), reversed(self.up_temporal)):
+            for block in blocks_of(space, time):
+                x = block(x)                                                      # (B, c_i, T', ..., ...)
+            for level in (space, time):
+                x = level.upsample(x) if hasattr(level, "upsample") else x
+        return self.conv_out(F.silu(self.norm_out(x)))                            # (B, 3, 4T, f·h, f·w)
+
+
+class VidTok(nn.Module):
+    """The VAE: 1 + 4j frames become 1 + j latent frames, the first of which knows the first frame only."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = VAEEncoder(config), VAEDecoder(config)
+
+    @property
+    def latent_channels(self):
+        return self.config.latent_channels
+
+    @property
+    def downsampling(self):
+        """f, side of a frame / side of its latents."""
+        return 2 ** (len(self.config.channel_mult) - 1)
+
+    def encode(self, video):
+        """video (B, 3, F, H, W) in [-1, 1] -> `Posterior` of (B, C, T, h, w). ValueError for shapes that do not fit."""
+        check_clip(video, self.downsampling)
+        # the first frame four times: with it alone in its group of four, every latent frame is made of four
+        return Posterior(self.encoder(torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)))
+
+    def latents(self, video, sample_posterior=False):
+        """video (B, 3, F, H, W) -> latents (B, C, T, h, w): the posterior's mean, or a sample of it. Not scaled."""
+        posterior = self.encode(video)
+        return posterior.sample() if sample_posterior else posterior.mean
+
+    def decode(self, latents):
+        """latents (B, C, T, h, w) -> video (B, 3, 1 + 4·(T - 1), H, W), about [-1, 1], not clamped."""
+        return self.decoder(latents)[:, :, 3:]                                    # (B, 3, F, H, W)
+
+
+class Pixels(nn.Module):
+    """In place of a VAE, for small frames: the four frames of a group side by side as 12 channels. No weights."""
+    config, latent_channels, downsampling = None, 12, 1
+
+    def latents(self, video, sample_posterior=False):
+        """video (B, 3, F, H, W) -> (B, 12, T, H, W)."""
+        check_clip(video, 1)
+        groups = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2).unflatten(2, (-1, 4))
+        return groups.transpose(2, 3).flatten(1, 2)                               # (B, 3·4, T, H, W)
+
+    def decode(self, latents):
+        """Inverse of `latents`: (B, 12, T, H, W) -> (B, 3, F, H, W)."""
+        return latents.unflatten(1, (3, 4)).transpose(2, 3).flatten(2, 3)[:, :, 3:]  # (B, 3, F, H, W)
+
+
+def check_clip(video, f):
+    """Raise ValueError unless `video` is (B, 3, 1 + 4j, H, W) with sides that are multiples of f."""
+    if video.dim() != 5 or video.shape[1] != 3:
+        raise ValueError(f"a video of shape {list(video.shape)}: expected (B, 3, F, H, W)")
+    if video.shape[2] % 4 != 1:
+        raise ValueError(f"{video.shape[2]} frames: expected 1 + 4n, as the VAE takes the first alone, the others by 4")
+    for side in video.shape[3:]:
+        if side % f or not side:
+            raise ValueError(f"frame side {side} is not a multiple of the VAE's factor {f}; resize or crop to "
+                             f"{max(side // f, 1) * f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoder
+
+
+def sum_of_positions(tables, *sizes):
+    """tables (a, M, D), one for each of a axes -> (n_1, ..., n_a, D): at every place the sum of its axes' vectors."""
+    total = 0
+    for axis, (table, n) in enumerate(zip(tables, sizes)):
+        if n > len(table):
+            raise ValueError(f"{n} positions along axis {axis}: the table has {len(table)}; give smaller frames or "
+                             f"shorter windows")
+        shape = [n if i == axis else 1 for i in range(len(sizes))]
+        total = total + table[:n].view(*shape, table.shape[1])                   # (n_1 or 1, ..., n_a or 1, D)
+    return total
+
+
+class ClipEmbed(nn.Module):
+    """latents (B, C, T, h, w) -> patches (B, T, P, D), row-major, with learned positions of time, row and column."""
+
+    def __init__(self, channels, patch_size, width, length):
+        super().__init__()
+        self.p = patch_size
+        self.proj = nn.Linear(patch_size**2 * channels, width)
+        self.positions = token_parameter(3, length, width)                        # (3, M, D)
+
+    def forward(self, latents):
+        T, h, w = latents.shape[2:]
+        frames = patchify(latents.transpose(1, 2).flatten(0, 1), self.p)          # (B·T, P, p·p·C)
+        positions = sum_of_positions(self.positions, T, h // self.p, w // self.p)  # (T, h/p, w/p, D)
+        return self.proj(frames).unflatten(0, (-1, T)) + positions.flatten(1, 2)  # (B, T, P, D)
+
+
+def time_causal_attention(T, P, K):
+    """The encoder's rule, for T rows of P patches and then K registers. Returns an `attend` for `Attention`.
+
+    All of a row see all earlier rows. Within the row it is as in an image (model.py): patches see the patches, register
+    j sees them and registers 0..j. As one attention this would need a dense (T·(P + K))² mask; but what a row may see
+    is the beginning of the sequence up to a place in the row. So each row is two calls that need none, like SAVING 2.
+
+    The other half of SAVING 2 is lost: here later rows do look at all registers of earlier ones, so the first k tokens
+    need all K registers. Only in the last row, or if there is only one, could those from k on be left out.
+    """
+    from torch.nn.attention.bias import causal_lower_right  # late: it loads torch's compiler, which takes a second
+    row, attention = P + K, F.scaled_dot_product_attention
+    masks = [causal_lower_right(K, (t + 1) * row) for t in range(T)]
+
+    def attend(q, keys, v, scale):
+        m, results = q.shape[2] // T, []  # queries of a row: all of it, or in the last block its registers
+        for t in range(T):
+            asking, end = q[:, :, t * m:(t + 1) * m], t * row + P
+            if m > K:
+                results.append(attention(asking[:, :, :P], keys[:, :, :end], v[:, :, :end], scale=scale))
+            results.append(attention(asking[:, :, -K:], keys[:, :, :end + K], v[:, :, :end + K], attn_mask=masks[t],
+                                     scale=scale))
+        return torch.cat(results, 2)                                              # (B, nh, T·m, hd)
+    return attend
+
+
+class VideoEncoder(nn.Module):
+    """latents (B, C, T, h, w) -> (B, T, K, L) unbounded, for the quantiser: what each row's registers read."""
+
+    def __init__(self, config, code_width):
+        super().__init__()
+        D = config.enc_width
+        self.patch_embed = ClipEmbed(config.latent_channels, config.patch_size, D, config.enc_positions)
+        self.blocks = nn.ModuleList(Block(D, config.enc_head_dim) for _ in range(config.enc_depth))
+        self.head = nn.Linear(D, code_width)
+        init_linear(self)
+        nn.init.normal_(self.head.weight, std=config.head_std)
+        self.registers = token_parameter(rows_of(config.frames), config.registers, D)  # (T, K, D), a table for each row
+
+    def forward(self, latents):
+        """Raises ValueError for more latent frames than a window has."""
+        most, K, _ = self.registers.shape
+        B, _, T, _, _ = latents.shape
+        if T > most:
+            raise ValueError(f"{T} latent frames: a window has at most {most}")
+        patches = self.patch_embed(latents)                                       # (B, T, P, D)
+        P = patches.shape[2]
+        x = torch.cat([patches, self.registers[:T].expand(B, -1, -1, -1)], 2)     # (B, T, P + K, D)
+        x, attend = x.flatten(1, 2), time_causal_attention(T, P, K)               # (B, T·(P + K), D)
+        for block in self.blocks[:-1]:
+            x = block(x, attend)                                                  # (B, T·(P + K), D)
+        registers = x.unflatten(1, (T, -1))[:, :, P:].flatten(1, 2)               # (B, T·K, D)
+        registers = self.blocks[-1](registers, attend, seen=x)                    # (B, T·K, D)
+        return self.head(norm(registers)).unflatten(1, (T, K))                    # (B, T, K, L)
+
+
+def rows_of(frames):
+    """How many latent frames, and rows of tokens, so many frames have: 0 -> 0, 1 -> 1, 17 -> 5."""
+    return (frames + 3) // 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoder
+
+
+def clip_attention(T, P, m, copies, mask, device):
+    """The decoder's rule, for T·P patches and then T·m registers. Returns an `attend` for `Attention`.
+
+    mask "full": everyone sees everyone. "time_block_causal": a row sees itself and earlier rows, by a call for each.
+    copies > 1: the last register of each row stands for so many.
+
+    SAVING 1 for clips. All dropped registers of a row enter as the same vector. Under both masks they also see the
+    same: everyone, or the same rows. So they stay equal through all blocks, one of them is enough where attention
+    counts it K - k times, and the same holds for a row that is given clean, and for the null condition. It would not
+    be exact under a mask that tells registers of a row apart, as the encoder's does (register j sees those up to j):
+    there each dropped register would see another number of its kind.
+    """
+    attention = F.scaled_dot_product_attention if mask == "full" else row_by_row(T, P)
+    if copies > 1:
+        return counted_attention(T * (P + m), copies, device, slice(T * P + m - 1, None, m), attention)
+    return attention
+
+
+def row_by_row(T, P):
+    """Attention in which a row, P patches and its registers, sees itself and earlier rows; the order as above."""
+    def rows(x):                                                                  # (B, nh, T·P + T·m, hd)
+        parts = [part.unflatten(2, (T, -1)) for part in x.split([T * P, x.shape[2] - T * P], 2) if part.shape[2]]
+        return torch.cat(parts, 3)                                                # (B, nh, T, P + m, hd)
+
+    def attention(q, k, v, scale):
+        q, k, v = rows(q), rows(k), rows(v)                                       # (B, nh, T, P or P + m, hd)
+        seen = [(k[:, :, :t + 1].flatten(2, 3), v[:, :, :t + 1].flatten(2, 3)) for t in range(T)]
+        x = [F.scaled_dot_product_attention(q[:, :, t], *seen[t], scale=scale) for t in range(T)]
+        x = torch.stack(x, 2)                                                     # (B, nh, T, P or P + m, hd)
+        return torch.cat([x[:, :, :, :P].flatten(2, 3), x[:, :, :, P:].flatten(2, 3)], 2)  # like q
+    return attention
+
+
+class VideoDecoder(nn.Module):
+    """A flow network: noisy latents x_t, time t and the first k codes of each row -> velocity."""
+
+    def __init__(self, config, code_width):
+        super().__init__()
+        D, C, self.p, self.K = config.dec_width, config.latent_channels, config.patch_size, config.registers
+        self.mask = config.dec_mask
+        self.patch_embed = ClipEmbed(C, self.p, D, config.dec_positions)
+        self.from_codes = nn.Linear(code_width, D)
+        self.time_embed = TimeEmbed(D, config.max_timestep)
+        self.blocks = nn.ModuleList(AdaLNBlock(D, config.dec_head_dim) for _ in range(config.dec_depth))
+        self.head_adaln = nn.Linear(D, 2 * D)
+        self.head = nn.Linear(D, self.p**2 * C)
+        init_linear(self)
+        if config.code_std > 0:
+            nn.init.normal_(self.from_codes.weight, std=config.code_std)
+        for layer in [block.adaln for block in self.blocks] + [self.head_adaln, self.head]:  # adaLN-zero
+            nn.init.zeros_(layer.weight)
+        self.positions = token_parameter(2, config.code_positions, D, std=config.position_std)  # (2, M, D)
+        self.mask_token = token_parameter(D)                                      # stands for a dropped register
+        self.prefix_token = token_parameter(D)                                    # for all of a row that is given clean
+        self.null_token = token_parameter(D)                                      # for every register: no condition
+
+    def modulations(self, t):
+        """All that t decides, as in model.Decoder: t (B,) or (1,) -> a list, (B or 1, 2, 6, D) for each block."""
+        t_embedding = self.time_embed(t)                                          # (B or 1, D)
+        head = self.head_adaln(F.silu(t_embedding)).unflatten(-1, (2, 1, 1, -1))  # (B or 1, 2, 1, 1, D)
+        return [*(block.modulation(t_embedding) for block in self.blocks), head]
+
+    def forward(self, x_t, t, codes, k_keep=None, null=None, prefix=None, modulations=None):
+        """x_t (B, C, T, h, w), t (B,) or (1,), codes (B, T, k, L) with 0 <= k <= K -> velocity (B, C, T, h, w).
+
+        k_keep (B,), at most k: clip i keeps the first k_keep[i] of every row. null (B,) bool: clip i has no condition.
+        prefix (B,): the first prefix[i] latent frames of clip i are given clean, in x_t; their tokens are ignored, and
+        so is the velocity there. modulations: those of t, if the caller has them already.
+        """
+        B, _, T, h, w = x_t.shape
+        patches = self.patch_embed(x_t)                                           # (B, T, P, D)
+        registers = self.registers_of(codes, k_keep, null, prefix)                # (B, T, m, D)
+        P, m, copies = patches.shape[2], registers.shape[2], self.K - codes.shape[2]
+        x = torch.cat([patches.flatten(1, 2), registers.flatten(1, 2)], 1)        # (B, T·(P + m), D)
+        attend = clip_attention(T, P, m, copies, self.mask, x.device)
+        *of_blocks, of_head = self.modulations(t) if modulations is None else modulations
+        for block, modulation in zip(self.blocks[:-1], of_blocks):
+            x = block(x, modulation, T * P, attend)                               # (B, T·(P + m), D)
+        x = self.blocks[-1](x[:, :T * P], of_blocks[-1], T * P, attend, seen=x)   # (B, T·P, D)
+        shift, scale = of_head.unbind(1)                                          # each (B or 1, 1, 1, D)
+        x = self.head(norm(x).unflatten(1, (T, P)) * (1 + scale) + shift)         # (B, T, P, p·p·C)
+        return unpatchify(x.flatten(0, 1), self.p, h, w).unflatten(0, (B, T)).transpose(1, 2)  # (B, C, T, h, w)
+
+    def registers_of(self, codes, k_keep, null, prefix):
+        """What the decoder sees of the tokens: (B, T, k, D), or (B, T, k + 1, D) with one for all dropped of a row."""
+        B, T, k, _ = codes.shape
+        registers = self.from_codes(codes) + sum_of_positions(self.positions, T, k)  # (B, T, k, D)
+        if k_keep is not None:
+            kept = torch.arange(k, device=codes.device) < k_keep.to(codes.device, non_blocking=True)[:, None]  # (B, k)
+            registers = torch.where(kept[:, None, :, None], registers, self.mask_token)
+        if k < self.K:
+            dropped = self.mask_token.expand(B, T, 1, -1).to(registers.dtype)     # (B, T, 1, D)
+            registers = torch.cat([registers, dropped], 2)                        # (B, T, k + 1, D)
+        if prefix is not None:
+            given = given_rows(prefix, T, codes.device)                           # (B, T)
+            registers = torch.where(given[..., None, None], self.prefix_token, registers)
+        if null is not None:
+            everywhere = null.to(codes.device, non_blocking=True)[:, None, None, None]
+            registers = torch.where(everywhere, self.null_token, registers)
+        return registers
+
+
+def given_rows(prefix, T, device):
+    """prefix (B,) -> (B, T) bool, True for the first prefix[i] rows of clip i."""
+    return torch.arange(T, device=device) < prefix.to(device, non_blocking=True)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VideoFlexTok
+
+
+def windows(n, size=17, overlap=1, what="frames"):
+    """Places (first, end) of the windows that n frames, or n rows of tokens, are cut into.
+
+    No more than `size` are one window, perhaps a short one. More must fill whole windows, which share `overlap` of
+    them: 17, 33, 49, ... frames. Raises ValueError for others, rather than dropping the end of a clip.
+    """
+    stride = size - overlap
+    if 0 < n <= size:
+        return [(0, n)]
+    if n < 1 or (n - size) % stride:
+        fits = size + max(n - size, 0) // stride * stride
+        more = fits + stride if n > size else size
+        raise ValueError(f"{n} {what}: expected at most {size}, or {size} + {stride}n; cut them to {fits}, or repeat "
+                         f"the last up to {more}")
+    return [(start, start + size) for start in range(0, n - overlap, stride)]
+
+
+class VideoFlexTok(nn.Module):
+    """The whole tokenizer: VAE (frozen), encoder, quantiser, decoder.
+
+    >>> tokenizer = VideoFlexTok.from_pretrained("out/video")
+    >>> tokens = tokenizer.tokenize(video)                         # list of B tensors (1, t, K)
+    >>> video = tokenizer.detokenize([x[..., :16] for x in tokens])
+    """
+
+    def __init__(self, config, vae):
+        super().__init__()
+        if config.latent_channels != vae.latent_channels:
+            raise ValueError(f"the tokenizer takes {config.latent_channels} latent channels, the VAE has "
+                             f"{vae.latent_channels}")
+        self.config = config
+        self.vae = vae.requires_grad_(False)
+        self.quantizer = make_quantizer(config)
+        self.encoder = VideoEncoder(config, self.quantizer.code_width)
+        self.decoder = VideoDecoder(config, self.quantizer.code_width)
+        self.official = {}  # the config of the official checkpoint that this came from, for `export_official_video`
+        self.notes = {}     # what else its config.json said, if it was one of ours
+
+    @property
+    def frame_size(self):
+        """(H, W) of the training frames, in pixels."""
+        return tuple(side * self.config.patch_size * self.vae.downsampling for side in self.config.grid)
+
+    def forward(self, latents, x_t, t, k_keep, null, prefix):
+        """One training pass: latents, x_t (B, C, T, h, w), t (B,) -> velocity (B, C, T, h, w).
+
+        k_keep (B,), null (B,), prefix (B,) as in `VideoDecoder.forward`. One k for all T rows of a clip.
+        """
+        codes, _ = self.quantizer(self.encoder(latents))                          # (B, T, K, L)
+        return self.decoder(x_t, t, codes, k_keep, null, prefix)                  # (B, C, T, h, w)
+
+    @torch.no_grad()
+    def tokenize(self, video, k=None, sample_posterior=False):
+        """video (B, 3, F, H, W) in [-1, 1] -> list of B int64 tensors (1, t, k), t = 1 + (F - 1)/4; k=None gives all K.
+
+        F is 1 + 4n up to 17, or 1 + 16n. Uses the mean of the VAE's posterior, so that it is repeatable;
+        `sample_posterior=True` draws from it, as the official code does. Raises ValueError for another shape, range, k.
+        Only one window at a time is on the device and in the networks: a clip may be as long as memory has its pixels.
+        """
+        K = self.config.registers
+        k = K if k is None else k
+        if not 1 <= k <= K:
+            raise ValueError(f"k={k}: expected 1 to {K} tokens a row")
+        check_clip(video[..., :1, :, :], self.vae.downsampling * self.config.patch_size)
+        rows, overlap = [], self.config.overlap
+        for start, end in windows(video.shape[2], self.config.frames, overlap):
+            window = check_images(video[:, :, start:end]).to(self.decoder.mask_token.device, torch.float32)
+            codes = self.encoder(self.through_vae(self.vae.latents, window, sample_posterior))  # (B, T, K, L)
+            _, tokens = self.quantizer(codes)                                     # (B, T, K)
+            rows.append(tokens[:, rows_of(overlap) if start else 0:, :k])         # those that are new, (B, 4 or T, k)
+        return list(torch.cat(rows, 1).split(1))                                  # B x (1, t, k)
+
+    @torch.no_grad()
+    def detokenize(self, tokens, timesteps=30, guidance_scale=20.0, perform_norm_guidance=True, generator=None,
+                   first_frames=None, latent_size=None, noise=None):
+        """List of B integer tensors (1, t, k_i) or (t, k_i) -> video (B, 3, 1 + 4·(t - 1), H, W), about [-1, 1].
+
+        All clips have the same number t of rows. Rows of less than K tokens are filled with the mask token.
+        timesteps, guidance_scale, perform_norm_guidance and generator are those of `FlexTok.detokenize`. first_frames
+        (B, 3, 1 + 4j, H, W): how the clip begins; the tokens of those rows are then ignored. latent_size: (h, w) of a
+        frame's latents; None is the size of training. noise: a tensor (B, C, T, h, w) for each window instead of drawn
+        ones. Raises ValueError for tokens that are no such list.
+        """
+        if timesteps < 1:
+            raise ValueError(f"timesteps={timesteps}: expected at least 1")
+        codes, k_keep = self.codes_of(tokens)                                     # (B, t, k, L), (B,) or None
+        h, w = latent_size or (side * self.config.patch_size for side in self.config.grid)
+        T, overlap, given, parts = rows_of(self.config.frames), self.config.overlap, first_frames, []
+        for i, (first, end) in enumerate(windows(codes.shape[1], T, rows_of(overlap), "rows of tokens")):
+            window = codes[:, first:end]                                          # (B, T, k, L)
+            if noise is None:
+                shape = (1, self.config.latent_channels, window.shape[1], h, w)
+                draw = {"generator": generator, "device": codes.device if generator is None else generator.device}
+                x = torch.cat([torch.randn(shape, **draw) for _ in codes])        # (B, C, T, h, w)
+            else:
+                x = noise[i]
+            latents = None if given is None else self.through_vae(self.vae.latents, given.to(codes.device))
+            guide = flow.APG(0.0, 0.6, axes=(2, 3, 4)) if perform_norm_guidance else flow.cfg
+            x = self.sample(x.to(codes.device), window, timesteps, guidance_scale, guide, k_keep, latents)
+            video = self.through_vae(self.vae.decode, x).float()                  # (B, 3, F, H, W)
+            parts.append(video[:, :, overlap if i else 0:])
+            given = video[:, :, video.shape[2] - overlap:] if overlap else None
+        return torch.cat(parts, 2)                                                # (B, 3, F, H, W)
+
+    def sample(self, noise, codes, timesteps, guidance_scale, guide, k_keep=None, given=None):
+        """One window: noise (B, C, T, h, w), codes (B, T, k, L) -> latents (B, C, T, h, w).
+
+        given (B, C, j, h, w): its first latent frames, clean, which come back as they are. guide: a rule of guidance,
+        (v_cond, v_null, scale) -> v. Official APG for clips takes norms over (T, h, w), that is, for each channel.
+        """
+        B = len(codes)
+        everyone = torch.ones(B, dtype=torch.bool, device=codes.device)
+        prefix = None if given is None else torch.full((B,), given.shape[2], device=codes.device)
+
+        def begun(x):  # the given frames in their places
+            return x if given is None else torch.cat([given, x[:, :, given.shape[2]:]], 2)
+
+        def velocity(x, t):
+            x, modulations = begun(x), self.decoder.modulations(t)
+            v_cond = self.decoder(x, t, codes, k_keep, prefix=prefix, modulations=modulations).float()
+            if guidance_scale == 1.0:
+                return v_cond
+            # without a condition all registers are equal: none kept, one stands for all K of a row
+            v_null = self.decoder(x, t, codes[:, :, :0], null=everyone, modulations=modulations).float()
+            return guide(v_cond, v_null, guidance_scale(t.item()) if callable(guidance_scale) else guidance_scale)
+
+        return begun(flow.euler(velocity, noise, timesteps))                      # (B, C, T, h, w)
+
+    def through_vae(self, function, x, *options):
+        """function(x, *options) clip by clip, in float32 also under autocast, for latents decide tokens."""
+        exact = all(p.dtype == torch.float32 for p in self.vae.parameters())
+        with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
+            return torch.cat([function(clip, *options) for clip in x.split(1)])
+
+    def codes_of(self, tokens):
+        """List of B integer tensors (1, t, k_i) or (t, k_i) -> codes (B, t, k, L), padded; k_keep (B,) or None."""
+        if not len(tokens):
+            raise ValueError("no tokens to decode: the list is empty")
+        clips, K = [torch.as_tensor(clip) for clip in tokens], self.config.registers
+        clips = [clip[0] if clip.dim() == 3 and len(clip) == 1 else clip for clip in clips]  # B x (t, k_i)
+        for i, clip in enumerate(clips):
+            if clip.dim() != 2 or not len(clip) or not 1 <= clip.shape[1] <= K:
+                raise ValueError(f"clip {i}: tokens of shape {list(clip.shape)}, expected (t, k) with k from 1 to {K}")
+            if len(clip) != len(clips[0]):
+                raise ValueError(f"clip {i} has {len(clip)} rows of tokens, clip 0 has {len(clips[0])}: decode clips "
+                                 f"of different lengths one by one")
+        lengths = torch.tensor([clip.shape[1] for clip in clips])                 # (B,)
+        padded = torch.stack([F.pad(clip, (0, int(lengths.max()) - clip.shape[1])) for clip in clips])  # (B, t, k)
+        codes = self.quantizer.tokens_to_codes(padded.to(self.decoder.mask_token.device))  # (B, t, k, L)
+        return codes, None if (lengths == lengths[0]).all() else lengths.to(codes.device)
+
+    def save_pretrained(self, directory, dtype=torch.float32, **notes):
+        """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
+        tensors, origin = self.state_dict(), {"official": self.official} if self.official else {}
+        save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype)
+        vae = asdict(self.vae.config) if self.vae.config else "pixels"
+        write_json(os.path.join(directory, "config.json"), {  # last: it says that the model is whole
+            "format": "minFlexTok video", "tokenizer": asdict(self.config), "vae": vae, **origin, **notes})
+
+    @classmethod
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
+        """Read a tokenizer, ours or official: a directory, a safetensors file, or a name on the Hugging Face hub.
+
+        In eval mode. dtype: of the weights; None is as stored. Raises UserError naming the file and the reason.
+        """
+        name = shipped(name)
+        path = os.path.join(name, "config.json")
+        saved = read_json(path) if os.path.isfile(path) else None
+        if not isinstance(saved, dict) or saved.get("format") != "minFlexTok video":
+            from extras.pretrained import read_videoflextok
+            return read_videoflextok(name, device, dtype)
+        vae = saved.get("vae")
+        vae_config = None if vae == "pixels" else checked_sizes(VidTokConfig, vae, f"{path}: vae")
+        config = checked_sizes(VideoConfig, saved.get("tokenizer"), f"{path}: tokenizer")
+        model = unloaded_video(config, vae_config, path)
+        model.official = saved.get("official", {})
+        model.notes = {x: y for x, y in saved.items() if x not in ("format", "tokenizer", "vae", "official")}
+        weights = os.path.join(name, "model.safetensors")
+        load_weights(model, load_tensors(weights), weights, device, dtype)
+        return model.to(device).eval()
+
+
+def checked_sizes(Config, fields, where):
+    """`common.checked`, but what the dataclass itself refuses is a `UserError` too."""
+    try:
+        return checked(Config, fields, where)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def unloaded_video(config, vae_config, where):
+    """A VideoFlexTok whose tensors have shapes but no memory, for `load_weights` to fill. UserError for silly sizes."""
+    if max(config.enc_depth, config.dec_depth, vae_config.layers_per_block if vae_config else 0) > 1000:
+        raise UserError(f"{where}: more than 1000 layers are not read")
+    try:
+        with torch.device("meta"):
+            model = VideoFlexTok(config, VidTok(vae_config) if vae_config else Pixels())
+        model.quantizer = make_quantizer(config)  # with memory: its constants are in no file
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{where}: does not describe a tokenizer ({shown(str(error))})") from None
+    return model
+
+
+if __name__ == "__main__":
+    T, P, K = 2, 3, 2
+    print("Encoder: who (row) sees whom (column); p0 patches of the first latent frame, r0 its registers, and so on.")
+    one_hot = torch.eye(T * (P + K))[None, None]                                  # values that tell whom they come from
+    zeros = torch.zeros_like(one_hot)
+    seen = time_causal_attention(T, P, K)(zeros, zeros, one_hot, scale=1.0)[0, 0]  # (T·(P + K), T·(P + K))
+    names = [name for t in range(T) for name in [f"p{t}"] * P + [f"r{t}"] * K]
+    print("    ", *names)
+    for name, row in zip(names, seen):
+        print("  ", name, *(" x" if weight > 0 else " ." for weight in row))
+    print("Decoder: everyone sees everyone, or with time_block_causal their own and earlier frames.")
+    print("A clip of 49 frames is cut into the windows", ", ".join(f"{a} to {b - 1}" for a, b in windows(49)))
+    with torch.device("meta"):  # shapes without memory
+        config = VideoConfig()
+        vae, encoder, decoder = VidTok(VidTokConfig()), VideoEncoder(config, 6), VideoDecoder(config, 6)
+        latents = vae.latents(torch.empty(1, 3, 17, 256, 256))
+        codes = encoder(latents)
+        velocity = decoder(latents, torch.empty(1), codes[:, :, :16])
+    for name, x in (("latents", latents), ("codes", codes), ("velocity", velocity)):
+        print(f"d18-d28, {name}: {tuple(x.shape)}")
+    print("parameters:", *(f"{sum(p.numel() for p in part.parameters()):,}" for part in (vae, encoder, decoder)))
