@@ -38,6 +38,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ar
+import clips
 from extras import bench, gpu_check
 from extras import hub as hub_module
 import common
@@ -3169,6 +3170,142 @@ def test_fork_of_the_objective(tmp_path, monkeypatch, tiny_vae):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# clips: catches frames that are lost, doubled or shifted by a change of rate, an end that is dropped without a word, a
+# damaged file that ends with a traceback or is read in half, a film that is kept in memory as a whole.
+
+
+def numbered_frames(n, size=(16, 16)):
+    """PIL images that can be told apart, also after a lossy format: frame i < 50 has the brightness 5·i + 5."""
+    return [Image.new("RGB", size, (5 * i + 5,) * 3) for i in range(n)]
+
+
+def numbers_of(clip):
+    """Which of these frames a clip (3, F, H, W) consists of."""
+    return [round(((x + 1) * 127.5 - 5).item() / 5) for x in clip.mean((0, 2, 3))]
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "folder"])
+def test_a_clip_written_at_8_frames_a_second_is_read_frame_by_frame(tmp_path, form, capsys):
+    path, frames = str(tmp_path / ("clip" if form == "folder" else f"clip.{form}")), numbered_frames(49)
+    if form == "folder":
+        os.makedirs(path)
+        for i, frame in enumerate(frames):
+            frame.save(f"{path}/{i}.png")  # 10.png is after 2.png
+        (tmp_path / "clip/notes.txt").write_text("no frame")
+    elif form == "png":
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=125)
+    else:
+        clips.write_clip(path, torch.stack([to_tensor(frame) for frame in frames], 1))
+    clip = clips.read_clip(path, 16)
+    assert clip.shape == (3, 49, 16, 16) and clip.abs().max() <= 1
+    assert numbers_of(clip) == list(range(49)) and capsys.readouterr().err == ""
+    windows = [numbers_of(window) for window in clips.windows_of(path, 16)]
+    assert windows == [list(range(17)), list(range(16, 33)), list(range(32, 49))]
+    assert numbers_of(clips.read_clip(path, 16, seconds=2.5)) == list(range(33))
+    apart = [numbers_of(window) for window in clips.windows_of(path, 16, 17, 17)]
+    assert apart == [list(range(17)), list(range(17, 34))] and "the last 15 of 49 frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n, used, words", [
+    (1, 1, ""), (2, 1, "the last 1 of 2 frames at 8 a second are cut, a clip has 1 + 4n"), (5, 5, ""),
+    (16, 13, "3 of 16"), (17, 17, ""), (18, 17, "the last 1 of 18 frames at 8 a second are cut, a clip has 17 + 16n"),
+    (32, 17, "15 of 32"), (33, 33, ""), (40, 33, "7 of 40")])
+def test_a_clip_of_any_length_is_cut_to_whole_windows_and_this_is_said(tmp_path, capsys, n, used, words):
+    path = str(tmp_path / "a.webp")
+    clips.write_clip(path, iter([to_tensor(frame) for frame in numbered_frames(n)]))
+    assert numbers_of(clips.read_clip(path, 16)) == list(range(used))
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == (used < n), said
+
+
+def test_other_and_variable_rates_show_at_every_eighth_of_a_second_what_the_file_shows_there(tmp_path):
+    path, frames = str(tmp_path / "a.webp"), numbered_frames(50)
+    for durations in ([40] * 50, [33, 34, 33] * 16, [250] * 20, [1000] * 3, [20, 200, 10, 500] * 10):
+        shown = frames[:len(durations)]
+        shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0, lossless=True)
+        ends = np.cumsum(durations) / 1000
+        times = (np.arange(round(ends[-1] * 8 - 1e-6)) + 0.5) / 8
+        expected = np.searchsorted(ends, times, "right").tolist()
+        assert numbers_of(to_float(torch.stack(list(clips.frames_of(path, 16)), 1))) == expected, durations
+    assert len(list(clips.frames_of(path, 16, fps=24))) == round(ends[-1] * 24)
+    frames[3].save(tmp_path / "short.gif", save_all=True, append_images=[], duration=20)
+    assert numbers_of(clips.read_clip(str(tmp_path / "short.gif"), 16)) == [3]
+
+
+def test_odd_and_oblong_frames_are_cut_to_their_centre_and_what_is_clear_is_white(tmp_path):
+    frames = [Image.new("RGB", (33, 17), "red") for _ in range(5)]
+    for i, frame in enumerate(frames):
+        frame.paste((0, 0, 255), (8, 0, 25, 17))
+        frame.putpixel((0, 0), (i, 0, 0))  # so that no frames are equal
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True)
+    clip = clips.read_clip(str(tmp_path / "a.webp"), 17)
+    assert (clip - torch.tensor([-1, -1, 1])[:, None, None, None]).abs().max() < 0.02
+    assert clips.read_clip(str(tmp_path / "a.webp"), (8, 16)).shape == (3, 5, 8, 16)
+    clear = [Image.new("RGBA", (16, 16), (0, 0, 0, 0)) for _ in range(5)]
+    for i, frame in enumerate(clear):
+        frame.putpixel((0, 0), (i, 0, 0, 255))
+    clear[0].save(tmp_path / "b.png", save_all=True, append_images=clear[1:], duration=125)
+    assert (clips.read_clip(str(tmp_path / "b.png"), 16)[:, :, 8:] == 1).all()
+
+
+def test_what_is_no_clip_is_refused_in_one_sentence_that_names_the_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    frames = numbered_frames(9)
+    for form in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"a.{form}", save_all=True, append_images=frames[1:], duration=125)
+        whole = (tmp_path / f"a.{form}").read_bytes()
+        (tmp_path / f"half.{form}").write_bytes(whole[:len(whole) * 2 // 3])
+    for name in ("text.gif", "film.mp4", "void.webm", "empty.webp"):
+        (tmp_path / name).write_text("no clip" if name != "empty.webp" else "")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/1.png").write_text("no image")
+    for name, words in (("text.gif", "not an image"), ("empty.webp", "not an image"), ("film.mp4", "the package av"),
+                        ("void.webm", "the package av"), ("folder", "no images in this folder"), ("broken", "1.png"),
+                        ("missing.gif", "no such file"), ("half.png", "half"), ("half.webp", "half")):
+        with pytest.raises(UserError, match=words) as caught:
+            clips.read_clip(str(tmp_path / name), 16)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    for path in ("a.mp4", "a.avi", "a"):
+        with pytest.raises(UserError, match="the package av" if path == "a.mp4" else "expected the ending"):
+            clips.write_clip(path, torch.zeros(3, 5, 16, 16))
+
+
+def test_a_long_clip_is_read_window_by_window(tmp_path):
+    """Ten minutes: 4801 frames. Of them no more than a window's are alive at a time."""
+    os.makedirs(tmp_path / "long")
+    for i in range(10):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"long/{i}.png")
+    opened, real = [], clips.timed_frames
+
+    def endless(path):
+        images = [image for image, _ in real(path)]
+        for i in range(4801):
+            opened.append(i)
+            yield images[i % 10], 1 / 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "timed_frames", endless)
+        for n, window in enumerate(clips.windows_of(str(tmp_path / "long"), 16)):
+            assert len(opened) == 17 + 16 * n and window.shape == (3, 17, 16, 16)
+    assert n == 299 and len(opened) == 4801
+
+
+def test_films_are_read_and_written_where_av_is_installed(tmp_path):
+    pytest.importorskip("av")
+    frames = torch.rand(3, 33, 17, 15) * 0.1
+    frames += torch.linspace(-0.8, 0.8, 33)[:, None, None]
+    path = str(tmp_path / "a.mp4")
+    clips.write_clip(path, frames)
+    clip = clips.read_clip(path, (18, 16))  # odd sides have grown by a line
+    assert clip.shape == (3, 33, 18, 16) and (clip[:, :, :17, :15] - frames).abs().mean() < 0.06
+    clips.write_clip(path, frames, fps=24)
+    assert clips.read_clip(path, 16).shape[1] == 9  # 33 frames are 1.4 s, and 11 at 8 a second
+    (tmp_path / "b.mp4").write_bytes(open(path, "rb").read()[:300])
+    with pytest.raises(UserError, match="b.mp4: cannot be read as a film"):
+        clips.read_clip(str(tmp_path / "b.mp4"), 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # video: catches a frame that sees a later one, a row whose tokens depend on what follows, a mask off by a row, windows
 # that lose or repeat a frame, a given first frame that comes back changed; and proves the maskless calls and the
 # collapse of dropped registers against a plain computation with dense masks and all registers.
@@ -4927,8 +5064,8 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
 
 
 # Who may import whom: a file imports from floors below its own only, and nothing of `extras` outside a function
-FLOORS = [{"common"}, {"images"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar"}, {"video"}, {"evaluate"},
-          {"train_tokenizer", "train_ar", "sample"}]
+FLOORS = [{"common"}, {"images"}, {"clips"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar"}, {"video"},
+          {"evaluate"}, {"train_tokenizer", "train_ar", "train_video", "sample"}]
 
 
 def test_no_file_imports_upwards_and_the_top_level_reaches_extras_only_inside_functions():
