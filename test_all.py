@@ -57,6 +57,7 @@ from images import (check_images, curves_of_log, fit, psnr, read_image, save_cur
                     to_image, to_tensor)
 from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, files_digest, list_files,
                   open_data, split_paths, to_float)
+from data import DIRECTIONS, SPEEDS, MovingShapes
 from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for,
                    round_up_to_pow2, sample_k, sincos_2d, unpatchify)
@@ -3167,6 +3168,50 @@ def test_fork_of_the_objective(tmp_path, monkeypatch, tiny_vae):
     edit(monkeypatch, flow.loss_per_sample, far)
     go_the_whole_way(tmp_path, monkeypatch, tiny_vae)
     assert all(1000 < record["loss"] < 1010 for record in records(tmp_path / "tokenizer") if "loss" in record)
+
+
+def test_drawn_clips_show_what_their_factors_and_captions_say():
+    clips_of = MovingShapes(32, seed=1)
+    seen = set()
+    for i in range(40):
+        movie, clip = clips_of.factors(i), clips_of.get(i).float()
+        assert clip.shape == (3, 17, 32, 32)
+        front = movie.movers[0]
+        colour = torch.tensor(COLOURS[front.shape.colour])[:, None, None, None].float()
+        near = ((clip - colour).abs().amax(0) < 30).float()                       # (17, 32, 32), where its colour is
+        path = [(near[f] * grid).sum() / near[f].sum() / 32 for f in (0, 1, 2) for grid in
+                (torch.arange(32) + 0.5, torch.arange(32)[:, None] + 0.5)]        # x, y of three frames
+        moved = torch.stack(path).view(3, 2).diff(dim=0)                          # (2 steps, 2)
+        places = [clips_of.place(front, f) for f in range(17)]
+        turns = [b - a for (_, a), (_, b) in zip(places, places[1:])]
+        if turns[:2] == [0, 0]:
+            step = torch.tensor(DIRECTIONS[front.direction]) * SPEEDS[front.speed]
+            assert (moved.mean(0) - step).abs().max() < 0.006, clips_of.caption(i)
+        xs = [place.x + place.y for place, _ in places]
+        signs = [sign for sign in np.sign(np.diff(xs)).tolist() if sign]
+        flips = sum(a != b for a, b in zip(signs, signs[1:]))
+        assert front.bounces == sum(turns) and front.bounces - 1 <= flips <= front.bounces
+        for place, _ in places:  # never over the edge
+            assert all(place.radius <= way <= 1 - place.radius for way in (place.x, place.y))
+        words = f"a {front.shape.colour} {front.shape.kind} moves {front.direction}, {front.speed}"
+        assert clips_of.caption(i).startswith(words) and ("bounces" in clips_of.caption(i)) == any(
+            mover.bounces for mover in movie.movers)
+        assert clips_of.classes[clips_of.label(i)] == f"{front.direction}, {front.speed}"
+        seen.add((len(movie.movers), front.direction, front.speed))
+    assert len(seen) > 12  # of 16
+
+
+def test_drawn_clips_are_pure_functions_of_seed_split_and_number():
+    assert torch.equal(MovingShapes(32).get(5), MovingShapes(32, length=7).get(5))
+    longer = MovingShapes(32, frames=33)
+    assert longer.get(5).shape == (3, 33, 32, 32) and torch.equal(longer.get(5)[:, :17], MovingShapes(32).get(5))
+    train, held_out = ({MovingShapes(32, split).factors(i) for i in range(300)} for split in ("train", "held_out"))
+    assert len(train) == len(held_out) == 300 and not train & held_out
+    assert MovingShapes(32, seed=1).factors(5) != MovingShapes(32).factors(5)
+    assert MovingShapes(32, "held_out", seed=1).factors(5) == MovingShapes(64, "held_out").factors(5)
+    run = Run(torch.device("cpu"))
+    first, labels, numbers = next(batches(MovingShapes(16), 4, 0, run))
+    assert first.shape == (4, 3, 17, 16, 16) and labels.tolist() == [MovingShapes(16).label(i) for i in numbers.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------
