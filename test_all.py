@@ -3211,7 +3211,8 @@ def test_drawn_clips_are_pure_functions_of_seed_split_and_number():
     assert MovingShapes(32, "held_out", seed=1).factors(5) == MovingShapes(64, "held_out").factors(5)
     run = Run(torch.device("cpu"))
     first, labels, numbers = next(batches(MovingShapes(16), 4, 0, run))
-    assert first.shape == (4, 3, 17, 16, 16) and labels.tolist() == [MovingShapes(16).label(i) for i in numbers.tolist()]
+    assert first.shape == (4, 3, 17, 16, 16) and labels.tolist() == [
+        MovingShapes(16).label(i) for i in numbers.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3359,12 +3360,13 @@ CLIPS = video.VideoConfig(latent_channels=4, grid=(2, 3), patch_size=2, enc_widt
                           dec_width=64, dec_depth=3, dec_head_dim=32, registers=8, enc_positions=9, dec_positions=7,
                           code_positions=10, position_std=0.5, head_std=0.5)
 TINY_VIDTOK = video.VidTokConfig(channels=4, channel_mult=(1, 2, 2, 2), layers_per_block=1, latent_channels=4)
+PIXELS = video.ComponentsConfig()  # all of them: the pixels themselves
 
 
 def a_video_tokenizer(config=CLIPS, vae=TINY_VIDTOK, seed=0):
     """A small one whose zero-initialised layers are filled, so that every path of it matters."""
     torch.manual_seed(seed)
-    tokenizer = video.VideoFlexTok(config, video.VidTok(vae) if vae else video.Pixels())
+    tokenizer = video.VideoFlexTok(config, video.make_vae(vae))
     with torch.no_grad():
         for name, p in tokenizer.named_parameters():
             if "adaln" in name or name.startswith("decoder.head") or "temporal" in name and "conv2" in name:
@@ -3500,11 +3502,11 @@ def test_a_video_of_one_frame_is_an_image_with_the_same_weights():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("vae", [TINY_VIDTOK, None])
+@pytest.mark.parametrize("vae", [TINY_VIDTOK, PIXELS])
 def test_a_frame_changes_its_own_row_of_tokens_and_later_ones_only(vae):
-    config = dataclasses.replace(CLIPS, latent_channels=4 if vae else 12, levels=(64,) * 6)
+    config = dataclasses.replace(CLIPS, latent_channels=vae.latent_channels, levels=(64,) * 6)
     tokenizer = a_video_tokenizer(config, vae)
-    clip = torch.rand(1, 3, 17, 32, 48) * 2 - 1 if vae else torch.rand(1, 3, 17, 4, 6) * 2 - 1
+    clip = torch.rand(1, 3, 17, 32, 48) * 2 - 1 if vae is TINY_VIDTOK else torch.rand(1, 3, 17, 4, 6) * 2 - 1
     before = tokenizer.tokenize(clip)[0]
     assert before.shape == (1, 5, 8)
     for frame in range(17):
@@ -3531,7 +3533,7 @@ def test_windows_cover_every_frame_and_share_one():
 @pytest.mark.parametrize("overlap", [0, 1, 5])
 def test_windows_of_a_long_clip_have_the_right_rows_and_decode_to_the_right_frames(overlap):
     stride = 17 - overlap
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, stride=stride, latent_channels=12), None)
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, stride=stride, latent_channels=12), PIXELS)
     clip = torch.rand(2, 3, 17 + 2 * stride, 4, 6) * 2 - 1
     tokens = tokenizer.tokenize(clip)
     rows = 5 + 2 * (5 - (overlap + 3) // 4)
@@ -3552,7 +3554,7 @@ def test_windows_of_a_long_clip_have_the_right_rows_and_decode_to_the_right_fram
 
 @torch.no_grad()
 def test_frames_that_are_given_come_back_and_their_tokens_do_not_matter():
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), PIXELS)
     clip = torch.rand(2, 3, 33, 4, 6) * 2 - 1
     tokens = [x[..., :3] for x in tokenizer.tokenize(clip)]
     noise = [torch.randn(2, 12, 5, 4, 6) for _ in range(2)]
@@ -3578,7 +3580,7 @@ def test_frames_that_are_given_come_back_and_their_tokens_do_not_matter():
 
 @torch.no_grad()
 def test_clips_of_different_k_are_padded_and_masked_also_beyond_a_window():
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), PIXELS)
     tokens = tokenizer.tokenize(torch.rand(2, 3, 33, 4, 6) * 2 - 1)
     noise = [torch.randn(2, 12, 5, 4, 6) for _ in range(2)]
     both = tokenizer.detokenize([tokens[0][0, :, :2], tokens[1]], 2, 3.0, noise=noise)
@@ -3600,7 +3602,7 @@ def test_clips_of_different_k_are_padded_and_masked_also_beyond_a_window():
 
 def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_path):
     changes = dict(dec_mask="time_block_causal", patch_size=1, grid=(4, 6), stride=17, max_timestep=1000.0)
-    pixels = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
+    pixels = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), PIXELS)
     pixels.save_pretrained(str(tmp_path / "pixels"), note="1")
     again = video.VideoFlexTok.from_pretrained(str(tmp_path / "pixels"))
     assert again.config == pixels.config and again.notes == {"note": "1"} and not again.training
@@ -3619,6 +3621,22 @@ def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_p
                                                .replace("time_block_causal", "ring"))
     with pytest.raises(UserError, match="config.json: tokenizer: dec_mask 'ring': expected full or"):
         video.VideoFlexTok.from_pretrained(str(tmp_path / "ours"))
+
+
+def test_components_are_an_orthogonal_change_of_basis_that_leaves_out_what_varies_least():
+    clips_of = spread(MovingShapes(16), 20)                                       # (20, 3, 17, 16, 16)
+    errors = []
+    for C in (192, 48, 12, 3):
+        vae = video.make_vae(video.ComponentsConfig(C, 4))
+        vae.fit(clips_of)
+        latents = vae.latents(clips_of)
+        assert latents.shape == (20, C, 5, 4, 4) and 0.9 < latents.std() < 1.1
+        errors.append((vae.decode(latents) - clips_of).square().mean().item())
+        assert (vae.basis @ vae.basis.T - torch.eye(C)).abs().max() < 1e-5
+        assert torch.equal(vae.latents(clips_of[:, :, :1]), latents[:, :, :1])
+    assert errors[0] < 1e-10 and errors == sorted(errors) and errors[-1] < 0.1
+    with pytest.raises(ValueError, match="latent_channels 13: 4 frames of 1² pixels have 12"):
+        video.make_vae(video.ComponentsConfig(13, 1))
 
 
 @pytest.fixture(scope="module")

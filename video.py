@@ -30,8 +30,8 @@ from torch import nn
 import flow
 from common import UserError, checked, load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json
 from images import check_images
-from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, init_linear, make_quantizer, norm, patchify,
-                   token_parameter, unpatchify)
+from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, in_groups, init_linear, make_quantizer, norm,
+                   patchify, token_parameter, unpatchify)
 from vae import Posterior
 
 
@@ -353,19 +353,73 @@ class VidTok(nn.Module):
         return self.decoder(latents)[:, :, 3:]                                    # (B, 3, F, H, W)
 
 
-class Pixels(nn.Module):
-    """In place of a VAE, for small frames: the four frames of a group side by side as 12 channels. No weights."""
-    config, latent_channels, downsampling = None, 12, 1
+@dataclass
+class ComponentsConfig:
+    """Shape of `Components`."""
+    latent_channels: int = 12         # components that are kept, at most 12·f²
+    downsampling: int = 1             # f
+
+
+class Components(nn.Module):
+    """In place of VidTok, for small clips: the principal components of 4 frames of f x f pixels. Fitted in seconds.
+
+    The same shapes and the same causality, the first frame repeated too, but linear: latents are a change of basis that
+    leaves out what varies least. New, with all 12 of f = 1, it is the pixels themselves.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, n = config.latent_channels, 12 * config.downsampling**2
+        if C > n:
+            raise ValueError(f"latent_channels {C}: 4 frames of {config.downsampling}² pixels have {n} components")
+        self.config = config
+        self.register_buffer("basis", torch.eye(n)[:C].clone())                   # (C, 12·f²), rows at right angles
+        self.register_buffer("mean", torch.zeros(n))                              # (12·f²,)
+        self.register_buffer("scale", torch.ones(()))                             # makes the std of latents about 1
+
+    @property
+    def latent_channels(self):
+        return self.config.latent_channels
+
+    @property
+    def downsampling(self):
+        """f, side of a frame / side of its latents."""
+        return self.config.downsampling
+
+    def groups(self, video):
+        """video (B, 3, F, H, W) -> (B, T, h, w, 12·f²): the numbers that become the latents of a place."""
+        check_clip(video, self.downsampling)
+        f = self.downsampling
+        x = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)      # (B, 3, 4·T, H, W)
+        x = x.unflatten(4, (-1, f)).unflatten(3, (-1, f)).unflatten(2, (-1, 4))   # (B, 3, T, 4, h, f, w, f)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)                       # (B, T, h, w, 12·f²)
+
+    def fit(self, video):
+        """Find basis, mean and scale for clips (B, 3, F, H, W); deterministic but for the signs of the components."""
+        x = self.groups(video).flatten(0, 3).double()                             # (n, 12·f²)
+        mean = x.mean(0)
+        _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))  # the largest come last
+        basis = vectors.T.flip(0)[:self.latent_channels]                          # (C, 12·f²)
+        self.basis.copy_(basis)
+        self.mean.copy_(mean)
+        self.scale.copy_(((x - mean) @ basis.T).std())
 
     def latents(self, video, sample_posterior=False):
-        """video (B, 3, F, H, W) -> (B, 12, T, H, W)."""
-        check_clip(video, 1)
-        groups = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2).unflatten(2, (-1, 4))
-        return groups.transpose(2, 3).flatten(1, 2)                               # (B, 3·4, T, H, W)
+        """video (B, 3, F, H, W) -> (B, C, T, h, w)."""
+        x = (self.groups(video) - self.mean) @ self.basis.T / self.scale          # (B, T, h, w, C)
+        return x.permute(0, 4, 1, 2, 3)                                           # (B, C, T, h, w)
 
     def decode(self, latents):
-        """Inverse of `latents`: (B, 12, T, H, W) -> (B, 3, F, H, W)."""
-        return latents.unflatten(1, (3, 4)).transpose(2, 3).flatten(2, 3)[:, :, 3:]  # (B, 3, F, H, W)
+        """latents (B, C, T, h, w) -> video (B, 3, 1 + 4·(T - 1), H, W)."""
+        x, f = latents.permute(0, 2, 3, 4, 1), self.downsampling                  # (B, T, h, w, C)
+        x = (x * self.scale @ self.basis + self.mean).unflatten(4, (3, 4, f, f))  # (B, T, h, w, 3, 4, f, f)
+        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)         # (B, 3, T, 4, H, W)
+        return x.flatten(2, 3)[:, :, 3:]                                          # (B, 3, F, H, W)
+
+
+def make_vae(config):
+    """The VAE of a `VidTokConfig` or a `ComponentsConfig`."""
+    return VidTok(config) if isinstance(config, VidTokConfig) else Components(config)
 
 
 def check_clip(video, f):
@@ -627,17 +681,27 @@ class VideoFlexTok(nn.Module):
         self.notes = {}     # what else its config.json said, if it was one of ours
 
     @property
+    def recommended_guidance(self):
+        """The guidance scale that its config.json names under "sampling"; 20, as in the model card, if none."""
+        return self.notes.get("sampling", {}).get("guidance_scale", 20.0)
+
+    @property
     def frame_size(self):
         """(H, W) of the training frames, in pixels."""
         return tuple(side * self.config.patch_size * self.vae.downsampling for side in self.config.grid)
 
-    def forward(self, latents, x_t, t, k_keep, null, prefix):
+    def forward(self, latents, x_t, t, k_keep, room, prefix):
         """One training pass: latents, x_t (B, C, T, h, w), t (B,) -> velocity (B, C, T, h, w).
 
-        k_keep (B,), null (B,), prefix (B,) as in `VideoDecoder.forward`. One k for all T rows of a clip.
+        All rows of clip i keep their first k_keep[i] tokens, k_keep (B,) int64; with 0 it has no condition. room (B,):
+        so many registers are enough for it in the decoder (`sample_k`); the encoder needs all. prefix (B,): so many
+        latent frames are clean in x_t. All three on the CPU.
         """
         codes, _ = self.quantizer(self.encoder(latents))                          # (B, T, K, L)
-        return self.decoder(x_t, t, codes, k_keep, null, prefix)                  # (B, C, T, h, w)
+
+        def velocity(k, x_t, t, codes, k_keep, prefix):  # of clips that need no more than k registers a row
+            return self.decoder(x_t, t, codes[:, :, :k], k_keep, k_keep == 0, prefix)
+        return in_groups(velocity, room, x_t, t, codes, k_keep, prefix)           # (B, C, T, h, w)
 
     @torch.no_grad()
     def tokenize(self, video, k=None, sample_posterior=False):
@@ -718,7 +782,7 @@ class VideoFlexTok(nn.Module):
 
     def through_vae(self, function, x, *options):
         """function(x, *options) clip by clip, in float32 also under autocast, for latents decide tokens."""
-        exact = all(p.dtype == torch.float32 for p in self.vae.parameters())
+        exact = all(x.dtype == torch.float32 for x in self.vae.state_dict().values())
         with torch.autocast(x.device.type, enabled=False) if exact else nullcontext():
             return torch.cat([function(clip, *options) for clip in x.split(1)])
 
@@ -743,9 +807,10 @@ class VideoFlexTok(nn.Module):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
         tensors, origin = self.state_dict(), {"official": self.official} if self.official else {}
         save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype)
-        vae = asdict(self.vae.config) if self.vae.config else "pixels"
+        vae = "vidtok" if isinstance(self.vae, VidTok) else "components"
         write_json(os.path.join(directory, "config.json"), {  # last: it says that the model is whole
-            "format": "minFlexTok video", "tokenizer": asdict(self.config), "vae": vae, **origin, **notes})
+            "format": "minFlexTok video", "tokenizer": asdict(self.config), vae: asdict(self.vae.config), **origin,
+            **notes})
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
@@ -759,12 +824,12 @@ class VideoFlexTok(nn.Module):
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok video":
             from extras.pretrained import read_videoflextok
             return read_videoflextok(name, device, dtype)
-        vae = saved.get("vae")
-        vae_config = None if vae == "pixels" else checked_sizes(VidTokConfig, vae, f"{path}: vae")
+        kind, VAEConfig = ("components", ComponentsConfig) if "components" in saved else ("vidtok", VidTokConfig)
+        vae_config = checked_sizes(VAEConfig, saved.get(kind), f"{path}: {kind}")
         config = checked_sizes(VideoConfig, saved.get("tokenizer"), f"{path}: tokenizer")
         model = unloaded_video(config, vae_config, path)
         model.official = saved.get("official", {})
-        model.notes = {x: y for x, y in saved.items() if x not in ("format", "tokenizer", "vae", "official")}
+        model.notes = {x: y for x, y in saved.items() if x not in ("format", "tokenizer", kind, "official")}
         weights = os.path.join(name, "model.safetensors")
         load_weights(model, load_tensors(weights), weights, device, dtype)
         return model.to(device).eval()
@@ -780,11 +845,11 @@ def checked_sizes(Config, fields, where):
 
 def unloaded_video(config, vae_config, where):
     """A VideoFlexTok whose tensors have shapes but no memory, for `load_weights` to fill. UserError for silly sizes."""
-    if max(config.enc_depth, config.dec_depth, vae_config.layers_per_block if vae_config else 0) > 1000:
+    if max(config.enc_depth, config.dec_depth, getattr(vae_config, "layers_per_block", 0)) > 1000:
         raise UserError(f"{where}: more than 1000 layers are not read")
     try:
         with torch.device("meta"):
-            model = VideoFlexTok(config, VidTok(vae_config) if vae_config else Pixels())
+            model = VideoFlexTok(config, make_vae(vae_config))
         model.quantizer = make_quantizer(config)  # with memory: its constants are in no file
     except (ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{where}: does not describe a tokenizer ({shown(str(error))})") from None
