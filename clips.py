@@ -134,10 +134,14 @@ def windows_of(path, size, frames=17, stride=16, say=lambda sentence: print(sent
 
 
 def read_clip(path, size, frames=17, stride=16, seconds=math.inf):
-    """A clip file -> (3, F, H, W) in [-1, 1], of `windows_of`; no more windows than begin in its first `seconds`."""
+    """A clip file -> (3, F, H, W) in [-1, 1], of `windows_of`; no more windows than begin in its first `seconds`.
+
+    What is left behind is said on stderr.
+    """
     parts = []
     for i, window in enumerate(windows_of(path, size, frames, stride)):
         if i * stride >= seconds * FPS:
+            print(f"{path}: only its first {1 + i * stride} frames at {FPS} a second are taken", file=sys.stderr)
             break
         parts.append(window[:, frames - stride if i else 0:])
     return torch.cat(parts, 1)                                                    # (3, F, H, W)

@@ -49,6 +49,7 @@ from extras import pretrained
 import sample
 import train_ar
 import train_tokenizer
+import train_video
 import vae as vae_module
 import video
 from ar import GPT, DigitTable, GPTConfig, cross_entropy, draw, in_halves, probabilities
@@ -3779,6 +3780,113 @@ def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(gold
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# train_video and sample.py for clips: catches an encoder that goes on learning in stage 2, given frames that count in
+# the loss, a resume that is another run, a command that loses frames or reads another file's tokens.
+
+TINY_RUN = dict(image_size=8, components=8, downsampling=4, patch_size=1, enc_depth=1, dec_depth=2, enc_width=32,
+                dec_width=32, head_dim=32, registers=4, frames=9, steps=8, batch_size=4, warmup=2, lr=1e-3,
+                log_every=4, eval_every=8, eval_clips=2, eval_timesteps=2, stage_2=0.5, first_frame_p=1.0, ema_decay=0.5,
+                head_std=0.5, device="cpu")
+
+
+def train_tiny_clips(out, **changes):
+    return train_video.main(train_video.VideoTrainConfig(**{**TINY_RUN, "out": str(out), **changes}))
+
+
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory):
+    """The directory of a short run of train_video.py."""
+    out = tmp_path_factory.mktemp("clips") / "run"
+    train_tiny_clips(out)
+    return str(out)
+
+
+def test_the_loss_of_clips_leaves_out_given_frames_and_is_the_plain_one():
+    tokenizer = a_video_tokenizer()
+    latents, noise, t = torch.randn(3, 4, 5, 4, 6), torch.randn(3, 4, 5, 4, 6), torch.rand(3)
+    k_keep, prefix, room = torch.tensor([2, 8, 0]), torch.tensor([0, 1, 1]), torch.tensor([8, 8, 4])
+    loss = train_video.training_loss(tokenizer, latents, noise, t, k_keep, room, prefix)
+    codes, _ = tokenizer.quantizer(tokenizer.encoder(latents))
+    for i in range(3):
+        given = prefix[i].item()
+        x_t = flow.interpolate(latents[i:i + 1], noise[i:i + 1], t[i:i + 1])
+        x_t[:, :, :given] = latents[i:i + 1, :, :given]
+        v = plain_video_decoder(tokenizer.decoder, x_t, t[i:i + 1], codes[i:i + 1], k_keep[i:i + 1],
+                                k_keep[i:i + 1] == 0, prefix[i:i + 1], "full")
+        want = (v - noise[i:i + 1] + latents[i:i + 1])[:, :, given:].square().mean()
+        assert (loss[i] - want).abs() < 1e-5
+
+
+def test_a_run_of_clips_resumes_as_if_it_had_not_stopped_and_stage_2_leaves_tokens_as_they_are(clip_run, tmp_path):
+    whole = load_file(f"{clip_run}/model.safetensors")
+    for part in (2, 5, 8):  # within stage 1, within stage 2
+        train_tiny_clips(tmp_path / "parts", stop_at=part if part < 8 else 0, resume=part > 2)
+    assert same_tensors(load_file(tmp_path / "parts/model.safetensors"), whole)
+    state = torch.load(f"{clip_run}/resume.pt")
+    train_tiny_clips(tmp_path / "half", stop_at=4)
+    before = torch.load(tmp_path / "half/resume.pt")["model"]
+    for name, x in state["model"].items():
+        assert torch.equal(x, before[name]) == (not name.startswith("decoder.") or not x.is_floating_point()), name
+    trained, half = (video.VideoFlexTok.from_pretrained(str(path)) for path in (clip_run, tmp_path / "half"))
+    assert trained.config.dec_mask == "full" and half.config.dec_mask == "time_block_causal"
+    assert trained.recommended_guidance == 1.0 and not trained.training
+    records = common.read_log(clip_run)
+    assert records[-1]["ks"] == [1, 2, 4] and len(records[-1]["psnr_first"]) == 3
+    assert Image.open(f"{clip_run}/step0000008.webp").n_frames == 9
+    alone = train_tiny_clips(tmp_path / "causal", stage_2=0.0)
+    assert alone and json.load(open(tmp_path / "causal/config.json"))["tokenizer"]["dec_mask"] == "time_block_causal"
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"data": "emoji"}, "--data emoji: expected moving"), ({"frames": 16}, "frames 16: expected 1 [+] 4n"),
+    ({"image_size": 9}, "multiple of 4"), ({"components": 500}, "latent_channels 500"),
+    ({"nested_dropout": "half"}, "half"), ({"head_dim": 24}, "head_dim 24"), ({"stage_2": 2.0}, "--stage_2 2.0")])
+def test_settings_of_a_run_of_clips_that_cannot_work_are_refused_before_anything_is_written(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        train_tiny_clips(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    movie = to_float(MovingShapes(16, frames=30).get(3))                          # (3, 30, 16, 16)
+    clips.write_clip("a.gif", movie)
+    clips.write_clip("b.webp", movie[:, :5])
+    with_model = ["--checkpoint", clip_run, "--timesteps", "2"]
+    sample.main(["reconstruct", "a.gif", "b.webp", *with_model])
+    said = capsys.readouterr()
+    assert "k =   4:" in said.out and "a.gif: the last 5 of 30 frames" in said.err
+    animation = Image.open("out/reconstruct.webp")
+    assert animation.n_frames == 25
+    sample.main(["--n", "2", "--ks", "1", "--out", "held.gif", *with_model])
+    assert Image.open("held.gif").n_frames == 9
+    sample.main(["encode", "a.gif", "b.webp", "--k", "3", "--checkpoint", clip_run])
+    stored = json.load(open("out/tokens.json"))["clips"]
+    assert [clip["name"] for clip in stored] == ["a.gif", "b.webp"]
+    tokenizer = video.VideoFlexTok.from_pretrained(clip_run)
+    for clip, name in zip(stored, ("a.gif", "b.webp")):
+        whole = tokenizer.tokenize(clips.read_clip(name, 8, 9, 8)[None])[0]       # window by window is all at once
+        assert torch.equal(torch.tensor(clip["tokens"]), whole[0, :, :3])
+    sample.main(["decode", "out/tokens.json", "--ks", "1", "0", *with_model])
+    assert Image.open("out/decoded.webp").n_frames == 25
+    sample.main(["decode", "out/tokens.json", "--ks", "2", "--out", "folder", *with_model])
+    frames = [Image.open(f"folder/{name}").n_frames for name in ("000_a_k002.webp", "001_b_k002.webp")]
+    assert frames[0] > 15 and sorted(os.listdir("folder")) == ["000_a_k002.webp", "001_b_k002.webp"]
+    stored[0]["tokens"] = stored[0]["tokens"][:4]
+    for wrong, words in (({"clips": stored}, "4 rows of tokens: expected at most 3, or 3 [+] 2n"), ([], "expected"),
+                         ({"clips": [{"name": "x", "tokens": [[1, 2], [3]]}]}, "equally many"),
+                         ({"clips": [{"name": "x", "tokens": [[64_000]]}]}, "the token 64000, expected 0 to 63999")):
+        open("wrong.json", "w").write(json.dumps(wrong))
+        with pytest.raises(UserError, match=words):
+            sample.main(["decode", "wrong.json", *with_model])
+    for argv, words in ((["reconstruct", "none.gif"], "neither|no such"),
+                        (["encode", "a.gif", "--out", "a.npy"], "json"),
+                        (["reconstruct", "a.gif", "--out", "a.png"], "webp or .gif")):
+        with pytest.raises((UserError, OSError), match=words):
+            sample.main([*argv, "--checkpoint", clip_run])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # evaluate: catches a number of quality that is of other images, of other tokens, or of another seed than it says.
 
 
@@ -5128,7 +5236,7 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
 
 # Who may import whom: a file imports from floors below its own only, and nothing of `extras` outside a function
 FLOORS = [{"common"}, {"images"}, {"clips"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar"}, {"video"},
-          {"evaluate"}, {"train_tokenizer", "train_ar", "train_video", "sample"}]
+          {"evaluate"}, {"train_tokenizer", "train_ar", "sample"}, {"train_video"}]
 
 
 def test_no_file_imports_upwards_and_the_top_level_reaches_extras_only_inside_functions():

@@ -724,10 +724,17 @@ class VideoFlexTok(nn.Module):
             rows.append(tokens[:, rows_of(overlap) if start else 0:, :k])         # those that are new, (B, 4 or T, k)
         return list(torch.cat(rows, 1).split(1))                                  # B x (1, t, k)
 
-    @torch.no_grad()
-    def detokenize(self, tokens, timesteps=30, guidance_scale=20.0, perform_norm_guidance=True, generator=None,
-                   first_frames=None, latent_size=None, noise=None):
+    def detokenize(self, tokens, *options, **named):
         """List of B integer tensors (1, t, k_i) or (t, k_i) -> video (B, 3, 1 + 4·(t - 1), H, W), about [-1, 1].
+
+        `detokenize_windows`, which has the options, with all windows in one tensor.
+        """
+        return torch.cat(list(self.detokenize_windows(tokens, *options, **named)), 2)  # (B, 3, F, H, W)
+
+    @torch.no_grad()
+    def detokenize_windows(self, tokens, timesteps=30, guidance_scale=20.0, perform_norm_guidance=True, generator=None,
+                           first_frames=None, latent_size=None, noise=None):
+        """The frames of `detokenize`, window by window: (B, 3, 17, H, W), then (B, 3, 16, H, W) each.
 
         All clips have the same number t of rows. Rows of less than K tokens are filled with the mask token.
         timesteps, guidance_scale, perform_norm_guidance and generator are those of `FlexTok.detokenize`. first_frames
@@ -739,7 +746,7 @@ class VideoFlexTok(nn.Module):
             raise ValueError(f"timesteps={timesteps}: expected at least 1")
         codes, k_keep = self.codes_of(tokens)                                     # (B, t, k, L), (B,) or None
         h, w = latent_size or (side * self.config.patch_size for side in self.config.grid)
-        T, overlap, given, parts = rows_of(self.config.frames), self.config.overlap, first_frames, []
+        T, overlap, given = rows_of(self.config.frames), self.config.overlap, first_frames
         for i, (first, end) in enumerate(windows(codes.shape[1], T, rows_of(overlap), "rows of tokens")):
             window = codes[:, first:end]                                          # (B, T, k, L)
             if noise is None:
@@ -752,10 +759,10 @@ class VideoFlexTok(nn.Module):
             guide = flow.APG(0.0, 0.6, axes=(2, 3, 4)) if perform_norm_guidance else flow.cfg
             x = self.sample(x.to(codes.device), window, timesteps, guidance_scale, guide, k_keep, latents)
             video = self.through_vae(self.vae.decode, x).float()                  # (B, 3, F, H, W)
-            parts.append(video[:, :, overlap if i else 0:])
+            yield video[:, :, overlap if i else 0:]
             given = video[:, :, video.shape[2] - overlap:] if overlap else None
-        return torch.cat(parts, 2)                                                # (B, 3, F, H, W)
 
+    @torch.no_grad()
     def sample(self, noise, codes, timesteps, guidance_scale, guide, k_keep=None, given=None):
         """One window: noise (B, C, T, h, w), codes (B, T, k, L) -> latents (B, C, T, h, w).
 

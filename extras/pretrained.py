@@ -1273,10 +1273,15 @@ def load_any(name):
     """A checkpoint in any form -> its `FlexTok`, `VAE` or `GPT`, tensors as stored, and whether it was official."""
     form = form_of(name)
     is_prior = form == "minFlexTok prior" or not form and beside(name, "config.yaml")
-    config = read_json(beside(name, "config.json")) if beside(name, "config.json") else {}
-    is_video = form == "minFlexTok video" or isinstance(config, dict) and "video_flex_tok" in config
-    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else VideoFlexTok if is_video else FlexTok
+    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else VideoFlexTok if is_video(name) else FlexTok
     return Model.from_pretrained(name, dtype=None), not form.startswith("minFlexTok")
+
+
+def is_video(name):
+    """Whether a checkpoint's config.json, ours or official, is that of a video tokenizer."""
+    path = beside(name, "config.json")
+    config = read_json(path) if path else {}
+    return isinstance(config, dict) and (config.get("format") == "minFlexTok video" or "video_flex_tok" in config)
 
 
 def inspect(name):
