@@ -3785,8 +3785,8 @@ def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(gold
 
 TINY_RUN = dict(image_size=8, components=8, downsampling=4, patch_size=1, enc_depth=1, dec_depth=2, enc_width=32,
                 dec_width=32, head_dim=32, registers=4, frames=9, steps=8, batch_size=4, warmup=2, lr=1e-3,
-                log_every=4, eval_every=8, eval_clips=2, eval_timesteps=2, stage_2=0.5, first_frame_p=1.0, ema_decay=0.5,
-                head_std=0.5, device="cpu")
+                log_every=4, eval_every=8, eval_clips=2, eval_timesteps=2, stage_2=0.5, first_frame_p=1.0,
+                ema_decay=0.5, head_std=0.5, device="cpu")
 
 
 def train_tiny_clips(out, **changes):
