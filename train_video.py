@@ -57,7 +57,7 @@ class VideoTrainConfig:
     levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
     drop_quant_p: float = 0.0        # chance per clip that FSQ does not round
     corrupt_tokens_p: float = 0.0    # chance per clip that a random share of its tokens is replaced
-    position_std: float = 0.02       # initial size of register positions; 0.02 official, 1.0 for short runs
+    position_std: float = 0.02       # initial size of all positions; 0.02 official, 1.0 for short runs
     code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
     head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
     # method

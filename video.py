@@ -58,8 +58,10 @@ class VideoConfig:
     max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
     drop_quant_p: float = 0.0         # see FSQ
     corrupt_tokens_p: float = 0.0     # see FSQ
-    position_std: float = 0.02        # as in TokenizerConfig: at initialisation only, of the decoder's registers,
-    code_std: float = 0.0             # of its first layer; 0: Xavier as all others,
+    # As in TokenizerConfig, at initialisation only. Small models trained for minutes need larger ones: patches, whose
+    # positions are learned here, otherwise do not know for long where they are.
+    position_std: float = 0.02        # of all tables of positions
+    code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
     head_std: float = 0.0             # of the encoder's last layer
 
     def __post_init__(self):
@@ -375,7 +377,7 @@ class Components(nn.Module):
         self.config = config
         self.register_buffer("basis", torch.eye(n)[:C].clone())                   # (C, 12·f²), rows at right angles
         self.register_buffer("mean", torch.zeros(n))                              # (12·f²,)
-        self.register_buffer("scale", torch.ones(()))                             # makes the std of latents about 1
+        self.register_buffer("scale", torch.ones(C))                              # one unit of each, see `fit`
 
     @property
     def latent_channels(self):
@@ -402,7 +404,10 @@ class Components(nn.Module):
         basis = vectors.T.flip(0)[:self.latent_channels]                          # (C, 12·f²)
         self.basis.copy_(basis)
         self.mean.copy_(mean)
-        self.scale.copy_(((x - mean) @ basis.T).std())
+        # Between all in one unit, where the brightness outweighs all details by far, and each in its own, where what
+        # hardly varies counts as much: divided by the root of the std, and by what makes the std of all together 1.
+        std = ((x - mean) @ basis.T).std(0)                                       # (C,)
+        self.scale.copy_((std * std.mean()).sqrt().clamp(min=1e-6))
 
     def latents(self, video, sample_posterior=False):
         """video (B, 3, F, H, W) -> (B, C, T, h, w)."""
@@ -453,11 +458,11 @@ def sum_of_positions(tables, *sizes):
 class ClipEmbed(nn.Module):
     """latents (B, C, T, h, w) -> patches (B, T, P, D), row-major, with learned positions of time, row and column."""
 
-    def __init__(self, channels, patch_size, width, length):
+    def __init__(self, channels, patch_size, width, length, std):
         super().__init__()
         self.p = patch_size
         self.proj = nn.Linear(patch_size**2 * channels, width)
-        self.positions = token_parameter(3, length, width)                        # (3, M, D)
+        self.positions = token_parameter(3, length, width, std=std)               # (3, M, D)
 
     def forward(self, latents):
         T, h, w = latents.shape[2:]
@@ -498,7 +503,8 @@ class VideoEncoder(nn.Module):
     def __init__(self, config, code_width):
         super().__init__()
         D = config.enc_width
-        self.patch_embed = ClipEmbed(config.latent_channels, config.patch_size, D, config.enc_positions)
+        C, p = config.latent_channels, config.patch_size
+        self.patch_embed = ClipEmbed(C, p, D, config.enc_positions, config.position_std)
         self.blocks = nn.ModuleList(Block(D, config.enc_head_dim) for _ in range(config.enc_depth))
         self.head = nn.Linear(D, code_width)
         init_linear(self)
@@ -571,7 +577,7 @@ class VideoDecoder(nn.Module):
         super().__init__()
         D, C, self.p, self.K = config.dec_width, config.latent_channels, config.patch_size, config.registers
         self.mask = config.dec_mask
-        self.patch_embed = ClipEmbed(C, self.p, D, config.dec_positions)
+        self.patch_embed = ClipEmbed(C, self.p, D, config.dec_positions, config.position_std)
         self.from_codes = nn.Linear(code_width, D)
         self.time_embed = TimeEmbed(D, config.max_timestep)
         self.blocks = nn.ModuleList(AdaLNBlock(D, config.dec_head_dim) for _ in range(config.dec_depth))
