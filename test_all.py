@@ -3832,7 +3832,7 @@ def test_a_run_of_clips_resumes_as_if_it_had_not_stopped_and_stage_2_leaves_toke
     assert trained.recommended_guidance == 1.0 and not trained.training
     records = common.read_log(clip_run)
     assert records[-1]["ks"] == [1, 2, 4] and len(records[-1]["psnr_first"]) == 3
-    assert Image.open(f"{clip_run}/step0000008.webp").n_frames == 9
+    assert len(list(clips.frames_of(f"{clip_run}/step0000008.webp", 16))) == 9
     alone = train_tiny_clips(tmp_path / "causal", stage_2=0.0)
     assert alone and json.load(open(tmp_path / "causal/config.json"))["tokenizer"]["dec_mask"] == "time_block_causal"
 
@@ -3856,10 +3856,10 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
     sample.main(["reconstruct", "a.gif", "b.webp", *with_model])
     said = capsys.readouterr()
     assert "k =   4:" in said.out and "a.gif: the last 5 of 30 frames" in said.err
-    animation = Image.open("out/reconstruct.webp")
-    assert animation.n_frames == 25
+    length = lambda path: len(list(clips.frames_of(path, 16)))  # noqa: E731, equal frames in a file may be merged
+    assert length("out/reconstruct.webp") == 25
     sample.main(["--n", "2", "--ks", "1", "--out", "held.gif", *with_model])
-    assert Image.open("held.gif").n_frames == 9
+    assert length("held.gif") == 9
     sample.main(["encode", "a.gif", "b.webp", "--k", "3", "--checkpoint", clip_run])
     stored = json.load(open("out/tokens.json"))["clips"]
     assert [clip["name"] for clip in stored] == ["a.gif", "b.webp"]
@@ -3868,10 +3868,10 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
         whole = tokenizer.tokenize(clips.read_clip(name, 8, 9, 8)[None])[0]       # window by window is all at once
         assert torch.equal(torch.tensor(clip["tokens"]), whole[0, :, :3])
     sample.main(["decode", "out/tokens.json", "--ks", "1", "0", *with_model])
-    assert Image.open("out/decoded.webp").n_frames == 25
+    assert length("out/decoded.webp") == 25
     sample.main(["decode", "out/tokens.json", "--ks", "2", "--out", "folder", *with_model])
-    frames = [Image.open(f"folder/{name}").n_frames for name in ("000_a_k002.webp", "001_b_k002.webp")]
-    assert frames[0] > 15 and sorted(os.listdir("folder")) == ["000_a_k002.webp", "001_b_k002.webp"]
+    assert {name: length(f"folder/{name}") for name in os.listdir("folder")} == {
+        "000_a_k002.webp": 25, "001_b_k002.webp": 5}
     stored[0]["tokens"] = stored[0]["tokens"][:4]
     for wrong, words in (({"clips": stored}, "4 rows of tokens: expected at most 3, or 3 [+] 2n"), ([], "expected"),
                          ({"clips": [{"name": "x", "tokens": [[1, 2], [3]]}]}, "equally many"),
