@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import UserError, replacing, shown
-from images import _to_rgb, fit, opened, read_image, to_float, to_image
+from images import _to_rgb, draw_grid, fit, opened, read_image, to_float, to_image
 
 FPS = 8                        # frames a second, of everything that is learned and written
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
@@ -172,6 +172,13 @@ def save_pictures(path, pictures, fps=FPS):
     with replacing(path) as temporary:
         pictures[0].save(temporary, format=form, save_all=True, append_images=pictures[1:], duration=durations, loop=0,
                          **({"quality": 90, "method": 4} if form == "WEBP" else {}))
+
+
+def save_clip_grid(path, rows, header=()):
+    """Write rows of clips, (3, F_i, H, W) each, as one animated .webp or .gif; the shorter wait at their last frame."""
+    longest = max(clip.shape[1] for row in rows for clip in row)
+    save_pictures(path, [draw_grid([[clip[:, min(i, clip.shape[1] - 1)] for clip in row] for row in rows], header)
+                         for i in range(longest)])
 
 
 def write_film(path, pictures, fps):

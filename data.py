@@ -60,6 +60,13 @@ def open_data(data, image_size, split="train", augment=True, seed=0):
     raise UserError(f"--data {data}: expected emoji, shapes or an existing folder")
 
 
+def open_clips(data, image_size, split="train", seed=0, frames=17):
+    """"moving" -> a data set of clips, as above but for get(i, rng) -> (3, F, S, S). Raises `UserError` for others."""
+    if data == "moving":
+        return MovingShapes(image_size, split, seed, frames=frames)
+    raise UserError(f"--data {data}: expected moving, as the tokenizer is one of clips")
+
+
 def to_bytes(pixels):
     """PIL image or (H, W, 3) array -> (3, H, W) uint8 tensor."""
     return torch.from_numpy(np.array(pixels, dtype=np.uint8).transpose(2, 0, 1).copy())  # (3, H, W)

@@ -13,6 +13,8 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
     python sample.py reconstruct a.gif b.mp4 --checkpoint out/video-cpu     # clips; encode and decode likewise
+    python sample.py generate --text "a red star moves left, slowly" --checkpoint out/video-cpu \\
+        --prior out/video-cpu-prior
 
 With no --checkpoint the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say
 of them. Takes seconds on a CPU.                                           Next: train_tokenizer.py, to train your own
@@ -30,12 +32,12 @@ import torch
 
 from common import (HALF, UserError, autocast, check_output, check_range, command, from_cli, has_native_bf16, nearest,
                     pick_device, read_json, replacing, shipped, shown, write_json)
-from clips import read_clip, save_pictures, windows_of, write_clip
+from clips import read_clip, save_clip_grid, windows_of, write_clip
 from data import Emoji, MovingShapes, list_files, report_skipped, spread, spread_rows
 from evaluate import conditions, draw, load
 from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_float, to_image, to_tensor
 from model import FlexTok, powers_of_two
-from video import VideoFlexTok, rows_of, windows
+from video import VideoFlexTok, is_video, rows_of, windows
 
 SHIPPED = "assets/emoji64"
 EVERY_K = 64  # up to this many tokens, the slider of a page stops at each
@@ -65,7 +67,7 @@ class Generate:
     label: str = ""                   # class to draw, its number or its name
     text: tuple = ("",)               # sentences to draw, in turn
     n: int = 10                       # how many images
-    k: int = 0                        # tokens to write; 0: all
+    k: int = 0                        # tokens to write, of clips for every row; 0: all
     cfg_scale: float = 0.0            # guidance of the prior; 1.0: none; 0.0: what the prior recommends
     temperature: float = -1.0         # below 1: less varied; 0: the likeliest token; -1: what the prior recommends
     top_k: int = 0                    # choose among this many likeliest tokens; 0: all
@@ -125,7 +127,7 @@ class Decode:
 def reconstruct(config):
     """Write the grid: original, then the image rebuilt from each number of tokens; print the mean PSNR of each."""
     check_sampling(config)
-    if is_video(config.checkpoint):
+    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
         return reconstruct_clips(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
@@ -152,13 +154,17 @@ def generate(config):
     check_range(config, -1000, 1000, "cfg_scale")
     if config.temperature != -1:
         check_range(config, 0, math.inf, "temperature")
-    out = "out/generate.webp" if config.stream and config.out == Generate.out else config.out
-    check_ending(out, *((".webp", ".gif") if config.stream else (".png",)))
+    of_clips = config.checkpoint != SHIPPED and is_video(config.checkpoint)
+    moving = config.stream or of_clips
+    out = "out/generate.webp" if moving and config.out == Generate.out else config.out
+    check_ending(out, *((".webp", ".gif") if moving else (".png",)))
+    if of_clips and (config.stream or config.html):
+        raise UserError("--stream and --html are for images: what is generated of clips is an animation anyway")
     check_page(config)
     if config.html and config.stream:
         raise UserError("--html and --stream: choose one; the page shows every step as well")
     tokenizer, gpt = load(config.checkpoint, config.prior, pick_device(config.device), weights_type(config))
-    k, = token_counts([config.k], gpt.config.length)
+    k, = token_counts([config.k * (tokenizer.rows if of_clips else 1)], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
     writing = gpt.generate(*conditions(gpt, labels, captions), k=k,
@@ -175,6 +181,10 @@ def generate(config):
         save_animation(out, frames, milliseconds=max(60, 6000 // k))
         return print(f"wrote {out}")
     tokens = list(writing)[-1]                                                    # (n, k)
+    if of_clips:
+        columns = [sample(tokenizer, list(tokens[:, :k]), config) for k in tokenizer.lengths(k)]  # (n, 3, F, H, W) each
+        header = [f"k={k // tokenizer.rows}" for k in tokenizer.lengths(k)]
+        return write_clip_rows(out, list(zip(*columns)), header)
     ks = powers_of_two(k)
     drawn = {k: sample(tokenizer, list(tokens[:, :k]), config) for k in stops(config, ks)}  # (n, 3, H, W) each
     write_rows(out, [drawn[k] for k in ks], [f"k={k}" for k in ks])
@@ -202,7 +212,7 @@ def encode(config):
     """Images -> a file of tokens. Only 32 images are in memory at a time, so that a folder may hold any number."""
     if not config.paths:
         raise UserError("encode: name at least one image or folder")
-    if is_video(config.checkpoint):
+    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
         return encode_clips(config)
     check_ending(config.out, ".json", ".npy")
     tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
@@ -228,7 +238,7 @@ def decode(config):
     if len(config.paths) != 1:
         raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
     check_sampling(config)
-    if is_video(config.checkpoint):
+    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
         return decode_clips(config)
     check_ending(config.out, ".png", "")
     tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
@@ -255,14 +265,6 @@ def decode(config):
 
 
 SECONDS = 10.0  # of each clip that `reconstruct` shows
-
-
-def is_video(checkpoint):
-    """Whether --checkpoint is a tokenizer of clips."""
-    if checkpoint == SHIPPED:
-        return False
-    from extras.pretrained import is_video  # late: it knows all forms of checkpoints
-    return is_video(shipped(checkpoint))
 
 
 def reconstruct_clips(config):
@@ -344,10 +346,8 @@ def sample_clips(tokenizer, tokens, config):
 
 
 def write_clip_rows(path, rows, header):
-    """Write rows of clips (3, F_i, H, W) as one animation; the shorter ones wait at their last frame."""
-    longest = max(clip.shape[1] for row in rows for clip in row)
-    save_pictures(path, [draw_grid([[clip[:, min(i, clip.shape[1] - 1)] for clip in row] for row in rows], header)
-                         for i in range(longest)])
+    """Write rows of clips (3, F_i, H, W) as one animation."""
+    save_clip_grid(path, rows, header)
     print(f"wrote {path}")
 
 

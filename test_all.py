@@ -3886,6 +3886,41 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
             sample.main([*argv, "--checkpoint", clip_run])
 
 
+def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sequences = evaluate.open_tokenizer(clip_run)
+    tokenizer, batch = sequences.tokenizer, spread(MovingShapes(8, frames=9), 3)   # (3, 3, 9, 8, 8)
+    rows = torch.cat(tokenizer.tokenize(batch))                                   # (3, 3, 4)
+    flat = torch.cat(sequences.tokenize(batch))
+    assert flat.shape == (3, 12) and sequences.lengths(12) == [3, 6, 12] and sequences.config.registers == 12
+    for i, register, row in itertools.product(range(3), range(4), range(3)):
+        assert flat[i, 3 * register + row] == rows[i, row, register]
+    draw = dict(timesteps=2, guidance_scale=1.0, noise=[torch.randn(3, 8, 3, 2, 2)])
+    for n, k in ((3, 1), (7, 2), (12, 4)):  # of 7 tokens the last is of no whole register
+        assert torch.equal(sequences.detokenize(list(flat[:, :n].split(1)), **draw),
+                           tokenizer.detokenize(list(rows[..., :k].split(1)), **draw))
+    with pytest.raises(ValueError, match="clip 0: 2 tokens, expected at least 3"):
+        sequences.detokenize([flat[0, :2]])
+    config = train_ar.ARConfig(data="moving", tokenizer=clip_run, out="prior", views=1, width=32, depth=1, head_dim=32,
+                               caption_width=64, caption_depth=1, steps=2, batch_size=4, warmup=1, eval_images=8,
+                               eval_every=2, log_every=1, device="cpu")
+    monkeypatch.setattr(MovingShapes, "__len__", lambda self: 40)
+    assert train_ar.main(config)["held_out"] > 0
+    assert len(list(clips.frames_of("prior/step0000002.webp", 16))) == 9 and os.path.exists("prior/inputs.webp")
+    options = ["--checkpoint", clip_run, "--prior", "prior", "--n", "2", "--timesteps", "2"]
+    sample.main(["generate", "--text", "a red star moves left, slowly", *options])
+    sample.main(["generate", "--label", "left, slowly", "--k", "2", "--out", "two.gif", *options])
+    for path in ("out/generate.webp", "two.gif"):
+        assert len(list(clips.frames_of(path, 16))) == 9
+    for extra, words in ((["--stream"], "are for images"), (["--out", "a.png"], "webp or .gif"),
+                         (["--k", "5"], "k = 15")):
+        with pytest.raises(UserError, match=words):
+            sample.main(["generate", *extra, *options])
+    with pytest.raises(UserError, match="--data emoji: expected moving"):
+        train_ar.main(dataclasses.replace(config, data="emoji", out="other"))
+    assert not os.path.exists("other")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # evaluate: catches a number of quality that is of other images, of other tokens, or of another seed than it says.
 

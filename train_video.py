@@ -26,9 +26,9 @@ import flow
 from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, attention_kernel, autocast, check_range,
                     check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
                     learning_rate, provenance, read_log, seed_step)
-from clips import save_pictures
-from data import MovingShapes, batches, spread
-from images import draw_grid, psnr, save_curves, to_float
+from clips import save_clip_grid
+from data import batches, open_clips, spread
+from images import psnr, save_curves, to_float
 from model import powers_of_two, sample_k
 from train_tokenizer import SHORT, by_t, draw_noise, sample_t
 from video import ComponentsConfig, VideoConfig, VideoFlexTok, given_rows, make_vae, rows_of, unloaded_video
@@ -189,16 +189,11 @@ def reconstruction(tokenizer, clips, timesteps=25, guidance_scale=1.0):
     return metrics, columns, ["original", "VAE", *(f"k={k}" for k in ks)]
 
 
-def save_clips(path, columns, header):
-    """Write columns (n, 3, F, H, W) as an animated grid, .webp or .gif: a row for each clip."""
-    frames = zip(*(column.unbind(2) for column in columns))                       # F x columns x (n, 3, H, W)
-    save_pictures(path, [draw_grid(list(zip(*frame)), header) for frame in frames])
-
-
 def evaluate(tokenizer, clips, config, step):
     """Rebuild held-out clips (n, 3, F, H, W): returns the metrics, writes an animated picture."""
     metrics, columns, header = reconstruction(tokenizer, clips, config.eval_timesteps, config.eval_guidance)
-    save_clips(os.path.join(config.out, f"step{step:07d}.webp"), [column[:6] for column in columns], header)
+    rows = list(zip(*(column[:6].cpu() for column in columns)))
+    save_clip_grid(os.path.join(config.out, f"step{step:07d}.webp"), rows, header)
     return metrics
 
 
@@ -220,7 +215,7 @@ def main(config):
 def train(config, run, checkpoints):
     """The run itself; see `main`."""
     # ---- data -------------------------------------------------------------------------------------------------
-    dataset, held_out = (MovingShapes(config.image_size, split, config.seed, frames=config.frames)
+    dataset, held_out = (open_clips(config.data, config.image_size, split, config.seed, config.frames)
                          for split in ("train", "held_out"))
     eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
 
@@ -309,8 +304,7 @@ def check(config, run):
     check_run(config, run)
     if run.world > 1:
         raise UserError(f"{run.world} processes: train_video.py runs in one")
-    if config.data != "moving":
-        raise UserError(f"--data {config.data}: expected moving")
+    open_clips(config.data, config.image_size)
     check_range(config, 1, math.inf, "image_size", "frames", "components", "downsampling", "patch_size", "enc_depth",
                 "dec_depth", "head_dim", "registers", "eval_clips", "eval_timesteps")
     check_range(config, 0, math.inf, "enc_width", "dec_width", "position_std", "code_std", "head_std", "weight_decay",

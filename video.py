@@ -19,9 +19,11 @@ Letters as in model.py, and: F frames, T latent frames = rows of tokens, P patch
 
     python video.py         # prints who attends to whom, windows, shapes           Next: train_video.py
 """
+import hashlib
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ import flow
 from common import UserError, checked, load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json
 from images import check_images
 from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, in_groups, init_linear, make_quantizer, norm,
-                   patchify, token_parameter, unpatchify)
+                   patchify, powers_of_two, token_parameter, unpatchify)
 from vae import Posterior
 
 
@@ -816,6 +818,15 @@ class VideoFlexTok(nn.Module):
         codes = self.quantizer.tokens_to_codes(padded.to(self.decoder.mask_token.device))  # (B, t, k, L)
         return codes, None if (lengths == lengths[0]).all() else lengths.to(codes.device)
 
+    def fingerprint(self):
+        """A hash of all that decides a clip's tokens, so that a prior is never used with another tokenizer's."""
+        settings = (repr(self.quantizer), self.config.enc_head_dim, self.config.frames, self.config.stride)
+        digest = hashlib.sha256(repr(settings).encode())
+        for module in (self.vae, self.encoder, self.quantizer):
+            for tensor in module.state_dict().values():
+                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
+        return digest.hexdigest()
+
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
         tensors, origin = self.state_dict(), {"official": self.official} if self.official else {}
@@ -846,6 +857,52 @@ class VideoFlexTok(nn.Module):
         weights = os.path.join(name, "model.safetensors")
         load_weights(model, load_tensors(weights), weights, device, dtype)
         return model.to(device).eval()
+
+
+def is_video(name):
+    """Whether a checkpoint, ours or official, is a tokenizer of clips: what `VideoFlexTok.from_pretrained` reads."""
+    path = os.path.join(shipped(name), "config.json")
+    saved = read_json(path) if os.path.isfile(path) else {}
+    if isinstance(saved, dict) and "format" in saved:
+        return saved["format"] == "minFlexTok video"
+    from extras.pretrained import is_official_video
+    return is_official_video(name)
+
+
+class ClipSequences:
+    """For a prior: the clips of one window as sequences of tokens, time first, with the methods of a `FlexTok`.
+
+    Register 0 of every row, then register 1 of every row, and so on: so the first T·k tokens are the whole clip in k
+    tokens a row, and a prior that writes a sequence may stop after any k. Row by row it would have to finish the first
+    frame in all K tokens before it began the second.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.rows = tokenizer, rows_of(tokenizer.config.frames)
+        self.quantizer, self.recommended_guidance = tokenizer.quantizer, tokenizer.recommended_guidance
+        self.fingerprint, self.image_size = tokenizer.fingerprint, tokenizer.frame_size
+        self.config = SimpleNamespace(registers=self.rows * tokenizer.config.registers, frames=tokenizer.config.frames)
+
+    def lengths(self, n):
+        """Of how many of n tokens clips are shown: T, 2·T, 4·T, ..., all whole ones."""
+        return [self.rows * k for k in powers_of_two(max(1, n // self.rows))]
+
+    def tokenize(self, clips, k=None):
+        """clips (B, 3, F, H, W) of one window -> list of B int64 tensors (1, k), k=None: (1, T·K)."""
+        rows = torch.cat(self.tokenizer.tokenize(clips))                          # (B, T, K)
+        return list(rows.transpose(1, 2).flatten(1)[:, :k].split(1))              # B x (1, k)
+
+    def detokenize(self, tokens, *options, **named):
+        """List of B tensors (1, n_i) or (n_i,) -> clips (B, 3, F, H, W), of as many whole registers as there are.
+
+        Options as in `VideoFlexTok.detokenize`. Raises ValueError for less than one register, T tokens.
+        """
+        flat = [torch.as_tensor(clip).flatten() for clip in tokens]
+        for i, clip in enumerate(flat):
+            if len(clip) < self.rows:
+                raise ValueError(f"clip {i}: {len(clip)} tokens, expected at least {self.rows}, one for each row")
+        rows = [clip[:len(clip) // self.rows * self.rows].view(-1, self.rows).T for clip in flat]  # B x (T, k_i)
+        return self.tokenizer.detokenize(rows, *options, **named)
 
 
 def checked_sizes(Config, fields, where):

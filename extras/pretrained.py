@@ -1273,15 +1273,15 @@ def load_any(name):
     """A checkpoint in any form -> its `FlexTok`, `VAE` or `GPT`, tensors as stored, and whether it was official."""
     form = form_of(name)
     is_prior = form == "minFlexTok prior" or not form and beside(name, "config.yaml")
-    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else VideoFlexTok if is_video(name) else FlexTok
+    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else VideoFlexTok if is_official_video(name) else FlexTok
     return Model.from_pretrained(name, dtype=None), not form.startswith("minFlexTok")
 
 
-def is_video(name):
-    """Whether a checkpoint's config.json, ours or official, is that of a video tokenizer."""
+def is_official_video(name):
+    """Whether a checkpoint's config.json is that of an official video tokenizer, or on the hub of one of ours."""
     path = beside(name, "config.json")
     config = read_json(path) if path else {}
-    return isinstance(config, dict) and (config.get("format") == "minFlexTok video" or "video_flex_tok" in config)
+    return isinstance(config, dict) and ("video_flex_tok" in config or config.get("format") == "minFlexTok video")
 
 
 def inspect(name):
