@@ -52,6 +52,7 @@ import train_tokenizer
 import train_video
 import vae as vae_module
 import video
+import vidtok
 from ar import GPT, DigitTable, GPTConfig, cross_entropy, draw, in_halves, probabilities
 from common import Average, Run, UserError, from_cli, learning_rate, replacing
 from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
@@ -3359,15 +3360,15 @@ def test_films_are_read_and_written_where_av_is_installed(tmp_path):
 
 CLIPS = video.VideoConfig(latent_channels=4, grid=(2, 3), patch_size=2, enc_width=64, enc_depth=2, enc_head_dim=32,
                           dec_width=64, dec_depth=3, dec_head_dim=32, registers=8, enc_positions=9, dec_positions=7,
-                          code_positions=10, position_std=0.5, head_std=0.5)
-TINY_VIDTOK = video.VidTokConfig(channels=4, channel_mult=(1, 2, 2, 2), layers_per_block=1, latent_channels=4)
-PIXELS = video.ComponentsConfig()  # all of them: the pixels themselves
+                          code_positions=10, patch_position_std=0.5, position_std=0.5, head_std=0.5)
+TINY_VIDTOK = vidtok.VidTokConfig(channels=4, channel_mult=(1, 2, 2, 2), layers_per_block=1, latent_channels=4)
+PIXELS = vidtok.ComponentsConfig()  # all of them: the pixels themselves
 
 
 def a_video_tokenizer(config=CLIPS, vae=TINY_VIDTOK, seed=0):
     """A small one whose zero-initialised layers are filled, so that every path of it matters."""
     torch.manual_seed(seed)
-    tokenizer = video.VideoFlexTok(config, video.make_vae(vae))
+    tokenizer = video.VideoFlexTok(config, vidtok.make_vae(vae))
     with torch.no_grad():
         for name, p in tokenizer.named_parameters():
             if "adaln" in name or name.startswith("decoder.head") or "temporal" in name and "conv2" in name:
@@ -3610,10 +3611,10 @@ def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_p
     assert same_tensors(again.state_dict(), pixels.state_dict())
     with pytest.raises(UserError, match="without VidTok"):
         export_official(pixels, str(tmp_path / "no"))
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, **changes), video.VidTokConfig(4, (1, 2, 2), 2, 4))
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, **changes), vidtok.VidTokConfig(4, (1, 2, 2), 2, 4))
     tokenizer.save_pretrained(str(tmp_path / "ours"))
     export_official(tokenizer, str(tmp_path / "official"))
-    usual = dataclasses.replace(tokenizer.config, position_std=0.02, head_std=0.0)  # they matter at the start only
+    usual = dataclasses.replace(tokenizer.config, patch_position_std=0.02, position_std=0.02, head_std=0.0)
     for path, config in (("ours", tokenizer.config), ("official", usual)):
         again = video.VideoFlexTok.from_pretrained(str(tmp_path / path))
         assert again.config == config and again.vae.config == tokenizer.vae.config
@@ -3628,7 +3629,7 @@ def test_components_are_an_orthogonal_change_of_basis_that_leaves_out_what_varie
     clips_of = spread(MovingShapes(16), 20)                                       # (20, 3, 17, 16, 16)
     errors = []
     for C in (192, 48, 12, 3):
-        vae = video.make_vae(video.ComponentsConfig(C, 4))
+        vae = vidtok.make_vae(vidtok.ComponentsConfig(C, 4))
         vae.fit(clips_of)
         latents = vae.latents(clips_of)
         assert latents.shape == (20, C, 5, 4, 4) and 0.9 < latents.std() < 1.1
@@ -3637,7 +3638,7 @@ def test_components_are_an_orthogonal_change_of_basis_that_leaves_out_what_varie
         assert torch.equal(vae.latents(clips_of[:, :, :1]), latents[:, :, :1])
     assert errors[0] < 1e-10 and errors == sorted(errors) and errors[-1] < 0.1
     with pytest.raises(ValueError, match="latent_channels 13: 4 frames of 1² pixels have 12"):
-        video.make_vae(video.ComponentsConfig(13, 1))
+        vidtok.make_vae(vidtok.ComponentsConfig(13, 1))
 
 
 @pytest.fixture(scope="module")
@@ -5270,8 +5271,8 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
 
 
 # Who may import whom: a file imports from floors below its own only, and nothing of `extras` outside a function
-FLOORS = [{"common"}, {"images"}, {"clips"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar"}, {"video"},
-          {"evaluate"}, {"train_tokenizer", "train_ar", "sample"}, {"train_video"}]
+FLOORS = [{"common"}, {"images"}, {"clips"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar", "vidtok"},
+          {"video"}, {"evaluate"}, {"train_tokenizer", "train_ar", "sample"}, {"train_video"}]
 
 
 def test_no_file_imports_upwards_and_the_top_level_reaches_extras_only_inside_functions():

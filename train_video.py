@@ -31,7 +31,8 @@ from data import batches, open_clips, spread
 from images import psnr, save_curves, to_float
 from model import powers_of_two, sample_k
 from train_tokenizer import SHORT, by_t, draw_noise, sample_t
-from video import ComponentsConfig, VideoConfig, VideoFlexTok, given_rows, make_vae, rows_of, unloaded_video
+from video import VideoConfig, VideoFlexTok, given_rows, rows_of, unloaded_video
+from vidtok import ComponentsConfig, make_vae
 
 
 @dataclass
@@ -57,7 +58,8 @@ class VideoTrainConfig:
     levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
     drop_quant_p: float = 0.0        # chance per clip that FSQ does not round
     corrupt_tokens_p: float = 0.0    # chance per clip that a random share of its tokens is replaced
-    position_std: float = 0.02       # initial size of all positions; 0.02 official, 1.0 for short runs
+    patch_position_std: float = 0.02  # initial size of positions of patches; 0.02 official, 0.5 for short runs
+    position_std: float = 0.02       # initial size of those of registers; 0.02 official, 1.0 for short runs
     code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
     head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
     # method
@@ -93,9 +95,9 @@ class VideoTrainConfig:
 
 PRESETS = {
     "video-cpu": dict(    # 2 CPU cores, under 15 minutes: drawn clips of 17 frames at 32 px
-        SHORT, out="out/video-cpu", enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16,
-        autoencoder_share=0.3, nested_dropout="uniform_pow2", steps=2000, batch_size=16, lr=2e-3, warmup=100,
-        ema_decay=0.997, eval_every=1000),
+        SHORT, out="out/video-cpu", components=24, enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=8,
+        patch_position_std=0.5, autoencoder_share=0.4, nested_dropout="uniform_pow2", steps=2400, batch_size=16,
+        lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1200),
 }
 # may differ when a run is resumed
 RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_clips", "eval_timesteps",
@@ -166,8 +168,9 @@ def build_tokenizer(config, vae):
         enc_head_dim=config.head_dim, dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth,
         dec_head_dim=config.head_dim, registers=config.registers, enc_positions=max(T, patches),
         dec_positions=max(T, patches), code_positions=max(T, config.registers), levels=tuple(config.levels),
-        drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p, position_std=config.position_std,
-        code_std=config.code_std, head_std=config.head_std), vae)
+        drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p,
+        patch_position_std=config.patch_position_std, position_std=config.position_std, code_std=config.code_std,
+        head_std=config.head_std), vae)
 
 
 @torch.no_grad()
@@ -307,8 +310,8 @@ def check(config, run):
     open_clips(config.data, config.image_size)
     check_range(config, 1, math.inf, "image_size", "frames", "components", "downsampling", "patch_size", "enc_depth",
                 "dec_depth", "head_dim", "registers", "eval_clips", "eval_timesteps")
-    check_range(config, 0, math.inf, "enc_width", "dec_width", "position_std", "code_std", "head_std", "weight_decay",
-                "eval_guidance")
+    check_range(config, 0, math.inf, "enc_width", "dec_width", "patch_position_std", "position_std", "code_std",
+                "head_std", "weight_decay", "eval_guidance")
     check_range(config, 0, 1, "stage_2", "first_frame_p", "drop_quant_p", "corrupt_tokens_p", "null_p",
                 "pure_noise_share", "autoencoder_share", "beta2")
     sample_t(config, 1, None, None)

@@ -35,7 +35,8 @@ from extras.hub import find, hub_file, is_hub_name
 from fsq import FSQ
 from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
 from vae import VAE, VAEConfig, config_from_diffusers, modern_names
-from video import VideoConfig, VideoFlexTok, VidTok, VidTokConfig, checked_sizes, rows_of, unloaded_video
+from video import VideoConfig, VideoFlexTok, checked_sizes, rows_of, unloaded_video
+from vidtok import VidTok, VidTokConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # The official config
@@ -823,7 +824,8 @@ def export_official_video(tokenizer, directory, dtype=None):
     if not isinstance(tokenizer.vae, VidTok) or not isinstance(tokenizer.quantizer, FSQ):
         raise UserError("a video tokenizer without VidTok, or with another quantiser than FSQ, has no official form")
     ours = {name: getattr(tokenizer.config, name) for name in ("enc_positions", "dec_positions", "code_positions",
-                                                               "position_std", "code_std", "head_std")}
+                                                               "patch_position_std", "position_std", "code_std",
+                                                               "head_std")}
     config = tokenizer.official
     try:
         fits = replace(follow_clip_config(config, "official")[0], **ours) == tokenizer.config
@@ -1273,7 +1275,8 @@ def load_any(name):
     """A checkpoint in any form -> its `FlexTok`, `VAE` or `GPT`, tensors as stored, and whether it was official."""
     form = form_of(name)
     is_prior = form == "minFlexTok prior" or not form and beside(name, "config.yaml")
-    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else VideoFlexTok if is_official_video(name) else FlexTok
+    Tokenizer = VideoFlexTok if is_official_video(name) else FlexTok
+    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else Tokenizer
     return Model.from_pretrained(name, dtype=None), not form.startswith("minFlexTok")
 
 
