@@ -3568,6 +3568,9 @@ def test_frames_that_are_given_come_back_and_their_tokens_do_not_matter():
         for x in other:
             x[:, :(given + 3) // 4] = 7
         assert torch.equal(tokenizer.detokenize(other, first_frames=clip[:, :, :given], **draw), rebuilt)
+    for frames, words in ((21, "21 first frames: expected 1 [+] 4n, at most 17"), (3, "3 frames: expected 1 [+] 4n")):
+        with pytest.raises(ValueError, match=words):
+            tokenizer.detokenize(tokens, first_frames=clip[:, :, :frames], **draw)
     free = tokenizer.detokenize(tokens, **draw)
     assert (free[:, :, 0] - clip[:, :, 0]).abs().max() > 0.1
     # the second window goes on from the last frame of the first
@@ -3679,6 +3682,11 @@ def test_official_moments_tokens_and_velocities_of_clips_come_out(golden_video):
         assert (got - expected[want]).abs().max() < 1e-4, want
     short = decoder(noise[:1], early, codes[:1, :, :3])
     assert (short - expected["vel_t0.3_keep"][:1]).abs().max() < 1e-4
+    # what the official code makes of shorter rows, no mask tokens: as if there were no more registers. We mask instead.
+    without = copy.copy(decoder)
+    without.K = 3
+    assert (without(noise, late, codes[:, :, :3]) - expected["vel_t0.7_truncated"]).abs().max() < 1e-4
+    assert (decoder(noise, late, codes[:, :, :3]) - expected["vel_t0.7_truncated"]).abs().max() > 1e-3
 
 
 @torch.no_grad()

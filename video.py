@@ -22,7 +22,7 @@ Letters as in model.py, and: F frames, T latent frames = rows of tokens, P patch
 import hashlib
 import os
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from types import SimpleNamespace
 
 import torch
@@ -398,6 +398,9 @@ class VideoFlexTok(nn.Module):
         if timesteps < 1:
             raise ValueError(f"timesteps={timesteps}: expected at least 1")
         codes, k_keep = self.codes_of(tokens)                                     # (B, t, k, L), (B,) or None
+        most = min(self.config.frames, 4 * codes.shape[1] - 3)  # of the first window, as far as the clip has one
+        if first_frames is not None and first_frames.shape[2] > most:
+            raise ValueError(f"{first_frames.shape[2]} first frames: expected 1 + 4n, at most {most}")
         h, w = latent_size or (side * self.config.patch_size for side in self.config.grid)
         T, overlap, given = rows_of(self.config.frames), self.config.overlap, first_frames
         for i, (first, end) in enumerate(windows(codes.shape[1], T, rows_of(overlap), "rows of tokens")):
@@ -497,6 +500,8 @@ class VideoFlexTok(nn.Module):
         vae_config = checked_sizes(VAEConfig, saved.get(kind), f"{path}: {kind}")
         config = checked_sizes(VideoConfig, saved.get("tokenizer"), f"{path}: tokenizer")
         model = unloaded_video(config, vae_config, path)
+        Sampling = make_dataclass("Sampling", [("guidance_scale", float, 0.0)])
+        checked(Sampling, saved.get("sampling", {}), f"{path}: sampling")
         model.official = saved.get("official", {})
         model.notes = {x: y for x, y in saved.items() if x not in ("format", "tokenizer", kind, "official")}
         weights = os.path.join(name, "model.safetensors")
