@@ -333,9 +333,9 @@ def decode_clips(config):
 
 def clip_windows(tokenizer, tokens, config):
     """List of tokens (t, k) -> windows of the clips (B, 3, ., H, W) in turn, by the command line's settings."""
-    scale = config.guidance_scale or tokenizer.recommended_guidance
+    scale, dtype = config.guidance_scale or tokenizer.recommended_guidance, weights_type(config)
     generator = torch.Generator().manual_seed(config.seed)
-    with autocast(pick_device(config.device), "bf16" if in_bf16(config) else "fp32"):
+    with torch.autocast(pick_device(config.device).type, dtype, enabled=dtype != torch.float32):
         for window in tokenizer.detokenize_windows(tokens, config.timesteps, scale, generator=generator):
             yield window.float()
 

@@ -56,6 +56,7 @@ class VideoTrainConfig:
     patch_size: int = 2              # latents per patch side
     registers: int = 256             # K, the most tokens a row can have
     levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
+    scale_codes: bool = False        # give what FSQ reads a mean square of 1; False official, True for short runs
     drop_quant_p: float = 0.0        # chance per clip that FSQ does not round
     corrupt_tokens_p: float = 0.0    # chance per clip that a random share of its tokens is replaced
     patch_position_std: float = 0.02  # initial size of positions of patches; 0.02 official, 0.5 for short runs
@@ -96,8 +97,8 @@ class VideoTrainConfig:
 PRESETS = {
     "video-cpu": dict(    # 2 CPU cores, under 15 minutes: drawn clips of 17 frames at 32 px
         SHORT, out="out/video-cpu", components=24, enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=8,
-        patch_position_std=0.5, autoencoder_share=0.4, nested_dropout="uniform_pow2", steps=2000, batch_size=16,
-        lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1000),
+        scale_codes=True, patch_position_std=0.5, autoencoder_share=0.4, nested_dropout="uniform_pow2",
+        steps=2000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1000),
 }
 # may differ when a run is resumed
 RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_clips", "eval_timesteps",
@@ -168,7 +169,7 @@ def build_tokenizer(config, vae):
         enc_head_dim=config.head_dim, dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth,
         dec_head_dim=config.head_dim, registers=config.registers, enc_positions=max(T, patches),
         dec_positions=max(T, patches), code_positions=max(T, config.registers), levels=tuple(config.levels),
-        drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p,
+        scale_codes=config.scale_codes, drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p,
         patch_position_std=config.patch_position_std, position_std=config.position_std, code_std=config.code_std,
         head_std=config.head_std), vae)
 

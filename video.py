@@ -57,6 +57,7 @@ class VideoConfig:
     dec_positions: int = 32           # of the decoder's patches,
     code_positions: int = 256         # and of its registers: at least T and K
     levels: tuple = (8, 8, 8, 5, 5, 5)
+    scale_codes: bool = False         # what feeds the quantiser has a mean square of 1; official: False
     max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
     drop_quant_p: float = 0.0         # see FSQ
     corrupt_tokens_p: float = 0.0     # see FSQ
@@ -157,6 +158,7 @@ class VideoEncoder(nn.Module):
         init_linear(self)
         nn.init.normal_(self.head.weight, std=config.head_std)
         self.registers = token_parameter(rows_of(config.frames), config.registers, D)  # (T, K, D), a table for each row
+        self.scale_codes = config.scale_codes
 
     def forward(self, latents):
         """Raises ValueError for more latent frames than a window has."""
@@ -172,7 +174,8 @@ class VideoEncoder(nn.Module):
             x = block(x, attend)                                                  # (B, T·(P + K), D)
         registers = x.unflatten(1, (T, -1))[:, :, P:].flatten(1, 2)               # (B, T·K, D)
         registers = self.blocks[-1](registers, attend, seen=x)                    # (B, T·K, D)
-        return self.head(norm(registers)).unflatten(1, (T, K))                    # (B, T, K, L)
+        x = self.head(norm(registers)).unflatten(1, (T, K))                       # (B, T, K, L)
+        return F.rms_norm(x.float(), x.shape[-1:]) if self.scale_codes else x     # (B, T, K, L), as in model.Encoder
 
 
 def rows_of(frames):
@@ -468,7 +471,8 @@ class VideoFlexTok(nn.Module):
 
     def fingerprint(self):
         """A hash of all that decides a clip's tokens, so that a prior is never used with another tokenizer's."""
-        settings = (repr(self.quantizer), self.config.enc_head_dim, self.config.frames, self.config.stride)
+        settings = (repr(self.quantizer), self.config.enc_head_dim, self.config.scale_codes, self.config.frames,
+                    self.config.stride)
         digest = hashlib.sha256(repr(settings).encode())
         for module in (self.vae, self.encoder, self.quantizer):
             for tensor in module.state_dict().values():
@@ -528,7 +532,7 @@ class ClipSequences:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.rows = tokenizer, rows_of(tokenizer.config.frames)
+        self.tokenizer, self.decoder, self.rows = tokenizer, tokenizer.decoder, rows_of(tokenizer.config.frames)
         self.quantizer, self.recommended_guidance = tokenizer.quantizer, tokenizer.recommended_guidance
         self.fingerprint, self.image_size = tokenizer.fingerprint, tokenizer.frame_size
         self.config = SimpleNamespace(registers=self.rows * tokenizer.config.registers, frames=tokenizer.config.frames)

@@ -823,6 +823,8 @@ def export_official_video(tokenizer, directory, dtype=None):
     """
     if not isinstance(tokenizer.vae, VidTok) or not isinstance(tokenizer.quantizer, FSQ):
         raise UserError("a video tokenizer without VidTok, or with another quantiser than FSQ, has no official form")
+    if tokenizer.config.scale_codes:
+        raise UserError("a video tokenizer that scales what FSQ reads (--scale_codes) has no official form")
     ours = {name: getattr(tokenizer.config, name) for name in ("enc_positions", "dec_positions", "code_positions",
                                                                "patch_position_std", "position_std", "code_std",
                                                                "head_std")}
