@@ -3614,6 +3614,11 @@ def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_p
     assert same_tensors(again.state_dict(), pixels.state_dict())
     with pytest.raises(UserError, match="without VidTok"):
         export_official(pixels, str(tmp_path / "no"))
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, scale_codes=True), TINY_VIDTOK)
+    with pytest.raises(UserError, match="scale_codes"):
+        export_official(tokenizer, str(tmp_path / "no"))
+    codes = tokenizer.encoder(torch.randn(1, 4, 2, 4, 6))
+    assert (codes.square().mean(-1) - 1).abs().max() < 1e-3
     tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, **changes), vidtok.VidTokConfig(4, (1, 2, 2), 2, 4))
     tokenizer.save_pretrained(str(tmp_path / "ours"))
     export_official(tokenizer, str(tmp_path / "official"))
@@ -3849,7 +3854,8 @@ def test_a_run_of_clips_resumes_as_if_it_had_not_stopped_and_stage_2_leaves_toke
 @pytest.mark.parametrize("changes, words", [
     ({"data": "emoji"}, "--data emoji: expected moving"), ({"frames": 16}, "frames 16: expected 1 [+] 4n"),
     ({"image_size": 9}, "multiple of 4"), ({"components": 500}, "latent_channels 500"),
-    ({"nested_dropout": "half"}, "half"), ({"head_dim": 24}, "head_dim 24"), ({"stage_2": 2.0}, "--stage_2 2.0")])
+    ({"nested_dropout": "half"}, "half"), ({"precision": "half"}, "--precision half"),
+    ({"head_dim": 24}, "head_dim 24"), ({"stage_2": 2.0}, "--stage_2 2.0")])
 def test_settings_of_a_run_of_clips_that_cannot_work_are_refused_before_anything_is_written(tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         train_tiny_clips(tmp_path / "run", **changes)

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 import flow
-from common import (Average, Checkpoints, Log, Means, StopRequest, UserError, attention_kernel, autocast, check_range,
-                    check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
-                    learning_rate, provenance, read_log, seed_step)
+from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
+                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
+                    init_distributed, learning_rate, provenance, read_log, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
 from images import psnr, save_curves, to_float
@@ -84,7 +84,7 @@ class VideoTrainConfig:
     # running
     seed: int = 0                    # of the weights, the data order and the noise
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"          # auto, bf16 or fp32
+    precision: str = "auto"          # auto, bf16, fp16 or fp32
     log_every: int = 100             # steps
     eval_every: int = 5000           # steps; also saves
     eval_clips: int = 32             # held-out clips that are reconstructed
@@ -235,6 +235,7 @@ def train(config, run, checkpoints):
     groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
     def export(state):  # "sampling" is what sample.py uses unless a flag says otherwise
@@ -244,7 +245,7 @@ def train(config, run, checkpoints):
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"],
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer}, export)
+    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log, means, stop = Log(config.out, run, start, "", config.steps), Means(6, run), StopRequest()
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
@@ -276,10 +277,12 @@ def train(config, run, checkpoints):
             noise, t, k_keep, room = draw_noise(config, step, latents, run)
             with autocast(run.device, config.precision), attention_kernel(run.device):
                 loss = training_loss(raw, latents, noise, t, k_keep, room, draw_prefix(config, step, run))  # (b,)
-            loss.mean().backward()
+            scaler.scale(loss.mean()).backward()
             means.add(*by_t(loss.detach(), t, (k_keep == 0).to(run.device, non_blocking=True)))
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             ema.update_parameters(raw)
 
