@@ -3782,7 +3782,7 @@ def test_every_official_form_of_a_video_tokenizer_is_read(golden_video, tmp_path
     ("decoder/dec_patches_posemb_module/posemb_type", "sincos", "posemb_type 'sincos' is not supported"),
     ("encoder/enc_register_module/t_max", 4, "t_max 4 for windows of 17 frames"),
     ("encoder/enc_patch_emb/patch_sizes", [2, 2, 2], "another module has"),
-    ("vae/tokenizer_id", "vidtok_fsq_causal_488_262144", "tokenizer_id 'vidtok_fsq_causal_488_262144'"),
+    ("vae/_target_", "videoflextok.compressors.wan.WanVAE", "vae is 'WanVAE', which is not supported"),
     ("decoder", ..., "decoder is None"),
 ])
 def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(golden_video, tmp_path, path, value, words):

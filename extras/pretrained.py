@@ -618,7 +618,7 @@ CLIP_CLASSES = {PACKER: "model.preprocessors.flex_seq_packing.BlockWiseSequenceI
 # What training alone uses, and what only names an entry or a place
 CLIP_FREE = {"prefix_len", "keep_prefix_prob", "max_cond_sigma", "cond_sigma_prob", "prefix_len_read_key",
              "eval_prefix_len_read_key", "prefix_len_write_key", "loss_mask_write_key", "cond_vae_latents_key",
-             "vidtok_config_path", "ckpt_path", "intermediate_layer_write_key"}
+             "tokenizer_id", "vidtok_config_path", "ckpt_path", "intermediate_layer_write_key"}
 
 
 def clip_rows(rows):
