@@ -1,5 +1,6 @@
 """
 Images to learn from: the embedded emoji, endless drawn shapes, or any folder. They all look the same from outside.
+For video.py, drawn clips: `MovingShapes`.
 
     emoji | shapes | path/to/folder --open_data--> dataset.get(i, rng)  (3, S, S) uint8   .label(i)  .caption(i)
     dataset --batches--> images (b, 3, S, S) uint8, labels (b,), indices (b,) --to_float, on the device--> [-1, 1]
@@ -57,6 +58,13 @@ def open_data(data, image_size, split="train", augment=True, seed=0):
     if os.path.isdir(data):
         return Folder(data, image_size, split, augment)
     raise UserError(f"--data {data}: expected emoji, shapes or an existing folder")
+
+
+def open_clips(data, image_size, split="train", seed=0, frames=17):
+    """"moving" -> a data set of clips, as above but for get(i, rng) -> (3, F, S, S). Raises `UserError` for others."""
+    if data == "moving":
+        return MovingShapes(image_size, split, seed, frames=frames)
+    raise UserError(f"--data {data}: expected moving, as the tokenizer is one of clips")
 
 
 def to_bytes(pixels):
@@ -241,16 +249,98 @@ class Shapes:
         """Item i -> (3, S, S) uint8. Drawn 4 times as large and averaged down, which smooths the edges."""
         scene, side = self.factors(i), 4 * self.image_size
         canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
-        draw, shape = ImageDraw.Draw(canvas), scene.shape
-        centre, radius, rgb = np.array([shape.x, shape.y]) * side, shape.radius * side, COLOURS[shape.colour]
-        box = (*(centre - radius), *(centre + radius))
-        if shape.kind == "ring":
-            draw.ellipse(box, outline=rgb, width=round(0.4 * radius))
-        elif shape.kind == "circle":
-            draw.ellipse(box, fill=rgb)
-        else:
-            draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=rgb)
+        draw_shape(ImageDraw.Draw(canvas), scene.shape, side)
         return to_bytes(canvas.reduce(4))
+
+
+def draw_shape(draw, shape, side):
+    """Draw a Shape with PIL's `draw` on a square canvas of `side` pixels."""
+    centre, radius, rgb = np.array([shape.x, shape.y]) * side, shape.radius * side, COLOURS[shape.colour]
+    box = (*(centre - radius), *(centre + radius))
+    if shape.kind == "ring":
+        draw.ellipse(box, outline=rgb, width=round(0.4 * radius))
+    elif shape.kind == "circle":
+        draw.ellipse(box, fill=rgb)
+    else:
+        draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=rgb)
+
+
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y downwards
+SPEEDS = {"slowly": 0.02, "quickly": 0.05}  # sides of the frame per frame; in 17 frames a third of it, or 4 fifths
+SMALL_KINDS = ["circle", "square", "triangle"]  # what a few pixels can still show
+
+# One moving shape: shape, a Shape where it is in the first frame; direction and speed, keys of the tables above, in
+# that frame; bounces, how often it has come back from an edge by the last.
+Mover = collections.namedtuple("Mover", "shape direction speed bounces")
+# A clip: one or two Movers, the first in front and larger, and the name of a background.
+Movie = collections.namedtuple("Movie", "movers background")
+
+
+class MovingShapes:
+    """Drawn clips whose true factors are known: `factors(i)` -> Movie. Class = how the first shape moves, of 8 ways.
+
+    As `Shapes`: item i of (seed, split) is a pure function for any i >= 0, endless, the same at every size, and its
+    beginning is the same whatever the number of frames. Nothing to augment.
+    """
+
+    def __init__(self, image_size, split="train", seed=0, length=None, frames=17):
+        self.image_size, self.frames = image_size, frames
+        self.key = (seed, 2) if split == "train" else (0, 3)  # held out: the same clips whatever the seed
+        self.length = length or (10_000 if split == "train" else 500)
+        self.classes = [f"{direction}, {speed}" for direction in DIRECTIONS for speed in SPEEDS]
+
+    def __len__(self):
+        return self.length
+
+    def label(self, i):
+        first = self.factors(i).movers[0]
+        return self.classes.index(f"{first.direction}, {first.speed}")
+
+    def caption(self, i):
+        """For example "a red star moves left, slowly", or "a red star moves left, quickly, and bounces, a blue circle
+        moves up, slowly, on a white background"."""
+        movie = self.factors(i)
+        parts = [f"a {m.shape.colour} {m.shape.kind} moves {m.direction}, {m.speed}" + ", and bounces" * (m.bounces > 0)
+                 for m in movie.movers]
+        return f"{', '.join(parts)}, on a {movie.background} background"
+
+    def factors(self, i):
+        """Item i -> Movie."""
+        rng = np.random.default_rng((*self.key, i))
+        def pick(names):
+            return names[rng.integers(len(names))]
+        background = pick(list(BACKGROUNDS))
+        colours = [name for name, rgb in COLOURS.items() if math.dist(rgb, BACKGROUNDS[background]) > 125]
+        movers = []
+        for kinds, radius in ((KINDS, 0.2), (SMALL_KINDS, 0.12))[:rng.integers(1, 3)]:
+            low, reach = 1.12 * radius, 1 - 2 * 1.12 * radius
+            shape = Shape(pick(kinds), pick(colours), *(low + reach * rng.random(2)), radius)
+            colours = [name for name in colours if name != shape.colour]
+            direction, speed = pick(list(DIRECTIONS)), pick(list(SPEEDS))
+            mover = Mover(shape, direction, speed, 0)
+            movers.append(mover._replace(bounces=self.place(mover, self.frames - 1)[1]))
+        return Movie(tuple(movers), background)
+
+    def place(self, mover, frame):
+        """Where a Mover is in a frame: its Shape there, and how often it has bounced."""
+        shape, step = mover.shape, SPEEDS[mover.speed] * frame
+        low, reach = 1.12 * shape.radius, 1 - 2 * 1.12 * shape.radius
+        straight = [shape.x + step * DIRECTIONS[mover.direction][0], shape.y + step * DIRECTIONS[mover.direction][1]]
+        # as if the way went on behind the mirrors at both ends, and was then folded back
+        folded = [low + reach - abs((way - low) % (2 * reach) - reach) for way in straight]
+        bounces = sum(abs(math.floor((way - low) / reach)) for way in straight)
+        return shape._replace(x=folded[0], y=folded[1]), bounces
+
+    def get(self, i, rng=None):
+        """Item i -> (3, F, S, S) uint8. Drawn 4 times as large and averaged down, which smooths the edges."""
+        movie, side, frames = self.factors(i), 4 * self.image_size, []
+        for frame in range(self.frames):
+            canvas = Image.new("RGB", (side, side), BACKGROUNDS[movie.background])
+            draw = ImageDraw.Draw(canvas)
+            for mover in reversed(movie.movers):
+                draw_shape(draw, self.place(mover, frame)[0], side)
+            frames.append(to_bytes(canvas.reduce(4)))
+        return torch.stack(frames, 1)                                             # (3, F, S, S)
 
 
 # ---------------------------------------------------------------------------------------------------------------

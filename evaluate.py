@@ -29,6 +29,7 @@ from common import (Means, Run, UserError, autocast, check_output, check_range, 
 from data import BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Shapes, open_data, spread, spread_rows
 from images import psnr, save_grid, ssim, to_float
 from model import FlexTok, powers_of_two
+from video import ClipSequences, VideoFlexTok, is_video
 
 GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are reported apart: where are the bits?
 
@@ -135,12 +136,13 @@ def held_out_loss(gpt, tokens, labels, captions, precision="fp32"):
 def sample_grid(gpt, tokenizer, labels, captions, cfg_scale=1.0):
     """8 new images under 8 of n labels (n,) and captions -> columns of a picture, its header.
 
-    A column, (8, 3, H, W), holds the images as drawn from their first 1, 2, 4, ... tokens.
+    A column, (8, 3, H, W), holds the images as drawn from their first 1, 2, 4, ... tokens; of clips (8, 3, F, H, W).
     """
     picked = [i * len(labels) // 8 for i in range(8)]
     asked = conditions(gpt, labels[picked], [captions[i] for i in picked])
     tokens = gpt.generate(*asked, cfg_scale=cfg_scale, n=8, generator=torch.Generator().manual_seed(0))  # (8, T)
-    ks, scale = powers_of_two(tokens.shape[1]), tokenizer.recommended_guidance
+    lengths = tokenizer.lengths if isinstance(tokenizer, ClipSequences) else powers_of_two
+    ks, scale = lengths(tokens.shape[1]), tokenizer.recommended_guidance
     columns = [draw(tokenizer, list(tokens[:, :k].split(1)), guidance_scale=scale) for k in ks]  # (8, 3, H, W) each
     return columns, [f"k={k}" for k in ks]
 
@@ -330,9 +332,16 @@ def first_tokens(tokenizer, images, unseen):
 # Command line
 
 
+def open_tokenizer(path, device="cpu"):
+    """A tokenizer for a prior: a `FlexTok`, or of clips the `ClipSequences` of a `VideoFlexTok`."""
+    if is_video(path):
+        return ClipSequences(VideoFlexTok.from_pretrained(path, device=device))
+    return FlexTok.from_pretrained(path, device=device)
+
+
 def load(tokenizer_path, prior_path, device, dtype=torch.float32):
     """Two directories -> tokenizer, its prior (this one in `dtype`). Raises `UserError` if they do not fit together."""
-    tokenizer = FlexTok.from_pretrained(tokenizer_path, device=device)
+    tokenizer = open_tokenizer(tokenizer_path, device)
     gpt = GPT.from_pretrained(prior_path, device=device, dtype=dtype)
     K, V = tokenizer.config.registers, tokenizer.quantizer.vocab_size
     if gpt.config.vocab_size != V or gpt.config.length > K:

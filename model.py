@@ -471,8 +471,10 @@ def full_attention(n, copies, device):
     return counted_attention(n, copies, device) if copies else F.scaled_dot_product_attention
 
 
-def counted_attention(n, copies, device):
+def counted_attention(n, copies, device, counted=slice(-1, None), attention=F.scaled_dot_product_attention):
     """`full_attention` with the bias inside q·k, because CUDA's flash kernel takes none.
+
+    In clips `counted` are the places of several such tokens, and `attention` may be masked (video.py).
 
     In a channel of its own, queries hold 1/scale, the last key log m, other keys 0. bfloat16 rounds log m by up to
     0.4 %, which would count up to 1.6 % too many or too few; so three channels share it, each with what those before it
@@ -481,12 +483,12 @@ def counted_attention(n, copies, device):
     extra, rest = torch.zeros(n, 8, device=device, dtype=torch.bfloat16), math.log(copies)  # (n, 8), exact in all types
     for channel in range(3):
         part = torch.tensor(rest, device="cpu").bfloat16().item()
-        extra[-1, channel].fill_(part)  # `= part` would copy it from the CPU, which waits for the GPU
+        extra[counted, channel].fill_(part)  # `= part` would copy it from the CPU, which waits for the GPU
         rest -= part
     def attend(q, k, v, scale):
         q = F.pad(q, (0, 8), value=1 / scale)                                     # (B, nh, m, hd + 8)
         k = torch.cat([k, extra.to(k.dtype).expand(*k.shape[:2], -1, -1)], -1)    # (B, nh, n, hd + 8)
-        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8)), scale=scale)[..., :-8]  # (B, nh, m, hd)
+        return attention(q, k, F.pad(v, (0, 8)), scale=scale)[..., :-8]           # (B, nh, m, hd)
     return attend
 
 

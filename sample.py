@@ -12,6 +12,9 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py mix                                      # out/mix.png: first tokens of one, the rest of another
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
+    python sample.py reconstruct a.gif b.mp4 --checkpoint out/video-cpu     # clips; encode and decode likewise
+    python sample.py generate --text "a red star moves left, slowly" --checkpoint out/video-cpu \\
+        --prior out/video-cpu-prior
 
 With no --checkpoint the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say
 of them. Takes seconds on a CPU.                                           Next: train_tokenizer.py, to train your own
@@ -29,10 +32,12 @@ import torch
 
 from common import (HALF, UserError, autocast, check_output, check_range, command, from_cli, has_native_bf16, nearest,
                     pick_device, read_json, replacing, shipped, shown, write_json)
-from data import Emoji, list_files, report_skipped, spread, spread_rows
+from clips import read_clip, save_clip_grid, windows_of, write_clip
+from data import Emoji, MovingShapes, list_files, report_skipped, spread, spread_rows
 from evaluate import conditions, draw, load
 from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_float, to_image, to_tensor
 from model import FlexTok, powers_of_two
+from video import VideoFlexTok, is_video, rows_of, windows
 
 SHIPPED = "assets/emoji64"
 EVERY_K = 64  # up to this many tokens, the slider of a page stops at each
@@ -62,7 +67,7 @@ class Generate:
     label: str = ""                   # class to draw, its number or its name
     text: tuple = ("",)               # sentences to draw, in turn
     n: int = 10                       # how many images
-    k: int = 0                        # tokens to write; 0: all
+    k: int = 0                        # tokens to write, of clips for every row; 0: all
     cfg_scale: float = 0.0            # guidance of the prior; 1.0: none; 0.0: what the prior recommends
     temperature: float = -1.0         # below 1: less varied; 0: the likeliest token; -1: what the prior recommends
     top_k: int = 0                    # choose among this many likeliest tokens; 0: all
@@ -122,6 +127,8 @@ class Decode:
 def reconstruct(config):
     """Write the grid: original, then the image rebuilt from each number of tokens; print the mean PSNR of each."""
     check_sampling(config)
+    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
+        return reconstruct_clips(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
     check_page(config)
@@ -147,13 +154,17 @@ def generate(config):
     check_range(config, -1000, 1000, "cfg_scale")
     if config.temperature != -1:
         check_range(config, 0, math.inf, "temperature")
-    out = "out/generate.webp" if config.stream and config.out == Generate.out else config.out
-    check_ending(out, *((".webp", ".gif") if config.stream else (".png",)))
+    of_clips = config.checkpoint != SHIPPED and is_video(config.checkpoint)
+    moving = config.stream or of_clips
+    out = "out/generate.webp" if moving and config.out == Generate.out else config.out
+    check_ending(out, *((".webp", ".gif") if moving else (".png",)))
+    if of_clips and (config.stream or config.html):
+        raise UserError("--stream and --html are for images: what is generated of clips is an animation anyway")
     check_page(config)
     if config.html and config.stream:
         raise UserError("--html and --stream: choose one; the page shows every step as well")
     tokenizer, gpt = load(config.checkpoint, config.prior, pick_device(config.device), weights_type(config))
-    k, = token_counts([config.k], gpt.config.length)
+    k, = token_counts([config.k * (tokenizer.rows if of_clips else 1)], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
     writing = gpt.generate(*conditions(gpt, labels, captions), k=k,
@@ -170,6 +181,10 @@ def generate(config):
         save_animation(out, frames, milliseconds=max(60, 6000 // k))
         return print(f"wrote {out}")
     tokens = list(writing)[-1]                                                    # (n, k)
+    if of_clips:
+        columns = [sample(tokenizer, list(tokens[:, :k]), config) for k in tokenizer.lengths(k)]  # (n, 3, F, H, W) each
+        header = [f"k={k // tokenizer.rows}" for k in tokenizer.lengths(k)]
+        return write_clip_rows(out, list(zip(*columns)), header)
     ks = powers_of_two(k)
     drawn = {k: sample(tokenizer, list(tokens[:, :k]), config) for k in stops(config, ks)}  # (n, 3, H, W) each
     write_rows(out, [drawn[k] for k in ks], [f"k={k}" for k in ks])
@@ -197,6 +212,8 @@ def encode(config):
     """Images -> a file of tokens. Only 32 images are in memory at a time, so that a folder may hold any number."""
     if not config.paths:
         raise UserError("encode: name at least one image or folder")
+    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
+        return encode_clips(config)
     check_ending(config.out, ".json", ".npy")
     tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
     k, = token_counts([config.k], tokenizer.config.registers)
@@ -221,6 +238,8 @@ def decode(config):
     if len(config.paths) != 1:
         raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
     check_sampling(config)
+    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
+        return decode_clips(config)
     check_ending(config.out, ".png", "")
     tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
     names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
@@ -239,6 +258,119 @@ def decode(config):
             with replacing(path) as temporary:
                 to_image(images[i % 64]).save(temporary, format="PNG")
     print(f"wrote {len(names) * len(columns)} images to {config.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same for clips, if --checkpoint is a VideoFlexTok
+
+
+SECONDS = 10.0  # of each clip that `reconstruct` shows
+
+
+def reconstruct_clips(config):
+    """Write an animation: a row per clip, original and what is rebuilt from each number of tokens a row; print PSNRs.
+
+    Of a clip its first ten seconds are shown. Those that are shorter than others wait at their last frame.
+    """
+    check_range(config, 1, math.inf, "n")
+    out = "out/reconstruct.webp" if config.out == Reconstruct.out else config.out
+    check_ending(out, ".webp", ".gif")
+    tokenizer = VideoFlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    K, sizes = tokenizer.config.registers, tokenizer.config
+    ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
+    if config.paths:
+        names = [shipped(path) for path in config.paths[:config.n]]
+        videos = [read_clip(name, tokenizer.frame_size, sizes.frames, sizes.stride, SECONDS) for name in names]
+    else:  # of the same law as the preset's, but not seen in training
+        held_out = MovingShapes(max(tokenizer.frame_size), "held_out", frames=sizes.frames)
+        videos = list(spread(held_out, config.n))                                 # n x (3, F, H, W)
+    rows = []
+    for video in videos:
+        tokens, = tokenizer.tokenize(video[None])                                 # (1, t, K)
+        rows.append([video, *(sample_clips(tokenizer, [tokens[..., :k]], config)[0].cpu() for k in ks)])
+    for i, k in enumerate(ks):
+        decibels = [psnr(row[1 + i][None], row[0][None]).item() for row in rows]
+        print(f"k = {k:3d}: {sum(decibels) / len(decibels):.2f} dB")
+    write_clip_rows(out, rows, ["original", *(f"k={k}" for k in ks)])
+
+
+def encode_clips(config):
+    """Clips -> a .json file of tokens. One window is in memory at a time, so that clips may be of any length."""
+    check_ending(config.out, ".json")
+    tokenizer = VideoFlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    k, = token_counts([config.k], tokenizer.config.registers)
+    sizes, clips = tokenizer.config, []
+    for name in map(shipped, config.paths):
+        rows = []
+        for i, window in enumerate(windows_of(name, tokenizer.frame_size, sizes.frames, sizes.stride)):
+            tokens, = tokenizer.tokenize(window[None], k)                         # (1, T, k)
+            rows += tokens[0, rows_of(sizes.overlap) if i else 0:].tolist()
+        clips.append({"name": os.fsencode(name).decode("utf-8", "replace"), "tokens": rows})
+    write_json(config.out, {"vocab_size": tokenizer.quantizer.vocab_size, "registers": sizes.registers, "clips": clips})
+    print(f"wrote {', '.join(str(len(clip['tokens'])) for clip in clips)} rows x {k} tokens to {config.out}")
+
+
+def decode_clips(config):
+    """A file of tokens -> one animation of all clips, a column per k; or a folder of single ones, as .webp."""
+    out = "out/decoded.webp" if config.out == Decode.out else config.out
+    check_ending(out, ".webp", ".gif", ".mp4", "")
+    tokenizer = VideoFlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    names, tokens = read_clip_tokens(config.paths[0], tokenizer)                  # B names, B x (t_i, k_i)
+    token_counts(config.ks, min(x.shape[1] for x in tokens))
+    if out.endswith((".webp", ".gif")):
+        rows = [[sample_clips(tokenizer, [x[:, :k or None]], config)[0].cpu() for k in config.ks] for x in tokens]
+        return write_clip_rows(out, rows, [f"k={k}" if k else "all tokens" for k in config.ks])
+    if out.endswith(".mp4") and len(tokens) * len(config.ks) > 1:
+        raise UserError(f"--out {out}: expected one clip and one k; give a folder for more")
+    for (i, name), k in itertools.product(enumerate(names), config.ks):
+        stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:100]
+        file = f"{i:03d}_{stem}" + (f"_k{k:03d}.webp" if k else ".webp")
+        path = out if out.endswith(".mp4") else os.path.join(out, file)
+        parts = clip_windows(tokenizer, [tokens[i][:, :k or None]], config)
+        write_clip(path, (frame for part in parts for frame in part[0].unbind(1)))
+    print(f"wrote {len(tokens) * len(config.ks)} clips to {out}")
+
+
+def clip_windows(tokenizer, tokens, config):
+    """List of tokens (t, k) -> windows of the clips (B, 3, ., H, W) in turn, by the command line's settings."""
+    scale, dtype = config.guidance_scale or tokenizer.recommended_guidance, weights_type(config)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.autocast(pick_device(config.device).type, dtype, enabled=dtype != torch.float32):
+        for window in tokenizer.detokenize_windows(tokens, config.timesteps, scale, generator=generator):
+            yield window.float()
+
+
+def sample_clips(tokenizer, tokens, config):
+    """List of tokens (t, k) -> clips (B, 3, F, H, W)."""
+    return torch.cat(list(clip_windows(tokenizer, tokens, config)), 2)            # (B, 3, F, H, W)
+
+
+def write_clip_rows(path, rows, header):
+    """Write rows of clips (3, F_i, H, W) as one animation."""
+    save_clip_grid(path, rows, header)
+    print(f"wrote {path}")
+
+
+def read_clip_tokens(path, tokenizer):
+    """A .json file -> names, list of int64 tensors (t_i, k_i). Raises UserError naming the file and the fault."""
+    K, V, content = tokenizer.config.registers, tokenizer.quantizer.vocab_size, read_json(path)
+    try:
+        clips = [(str(clip["name"]), [list(row) for row in clip["tokens"]]) for clip in content["clips"]]
+    except (KeyError, TypeError):
+        raise UserError(f'{path}: expected {{"clips": [{{"name": ..., "tokens": [[...], ...]}}, ...]}}') from None
+    if not clips:
+        raise UserError(f"{path}: expected at least one clip")
+    for name, rows in clips:
+        if not rows or not 1 <= len(rows[0]) <= K or any(len(row) != len(rows[0]) for row in rows):
+            raise UserError(f"{path}: clip {shown(name)}: expected rows of equally many tokens, 1 to {K}")
+        for token in itertools.chain(*rows):
+            if type(token) is not int or not 0 <= token < V:
+                raise UserError(f"{path}: clip {shown(name)} has the token {shown(token)}, expected 0 to {V - 1}")
+        try:
+            windows(len(rows), rows_of(tokenizer.config.frames), rows_of(tokenizer.config.overlap), "rows of tokens")
+        except ValueError as error:
+            raise UserError(f"{path}: clip {shown(name)}: {error}") from None
+    return [name for name, _ in clips], [torch.tensor(rows) for _, rows in clips]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -24,21 +24,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
+from clips import save_clip_grid
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average, from_cli,
                     generator, init_distributed, learning_rate, provenance, read_log, seconds_of, seed_step, shipped)
-from data import Cached, Shapes, batches, get_readable, open_data, spread_rows
-from evaluate import GROUPS, by_position, held_out_loss, sample_grid
+from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
+from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import save_curves, save_grid, to_float
-from model import FlexTok
 from text import CaptionConfig, CaptionEncoder
+from video import ClipSequences
 
 
 @dataclass
 class ARConfig:
     """Train a prior over the tokens of a trained tokenizer."""
     # data
-    data: str = "emoji"                  # emoji, shapes, or a folder of images
+    data: str = "emoji"                  # emoji, shapes, or a folder of images; of a tokenizer of clips: moving
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
     views: int = 10                      # augmented versions of each image; of the drawn shapes, that many more scenes
@@ -91,6 +92,10 @@ PRESETS = {
         data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=10, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0,
         steps=7000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=3500),
+    "video-cpu": dict(    # 1 CPU core, minutes, after train_video.py --preset video-cpu: drawn clips
+        data="moving", tokenizer="out/video-cpu", out="out/video-cpu-prior", views=1, width=128, depth=4, head_dim=32,
+        caption_width=64, cfg_scale=3.0, condition=("text",),
+        steps=3000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1500),
     "emoji64-cpu": dict(  # 2 CPU cores, an hour (not run), after train_tokenizer.py --preset emoji64-cpu
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=4, width=192, depth=4,
         head_dim=48, caption_width=96, word_dropout=0.3, cfg_scale=2.0,
@@ -246,6 +251,14 @@ def seconds_to_come(config, run, tokenizer, classes):
     return config.steps * seconds_of(step) * b / micro
 
 
+def open_split(config, tokenizer, split):
+    """The data set of --data at the tokenizer's size; held-out images are not augmented. Of clips, clips."""
+    side = max(tokenizer.image_size)
+    if isinstance(tokenizer, ClipSequences):
+        return open_clips(config.data, side, split, config.seed, tokenizer.config.frames)
+    return open_data(config.data, side, split, augment=config.augment and split == "train", seed=config.seed)
+
+
 def tokens_of(dataset, tokenizer, count, T):
     """The first T tokens of `count` images spread over a data set (n, T), their labels (n,), and their captions."""
     rows = spread_rows(dataset, count)
@@ -270,7 +283,7 @@ def draw_inputs(tokenizer, tokens, config):
     """A picture of what the prior is to write, tokens (b, T) decoded: looking at it finds most data bugs."""
     images = tokenizer.detokenize(list(tokens[:16]), guidance_scale=tokenizer.recommended_guidance,
                                   generator=torch.Generator().manual_seed(0))     # (16, 3, H, W)
-    save_grid(os.path.join(config.out, "inputs.png"), images.clamp(-1, 1).cpu().split(8))
+    save_rows(os.path.join(config.out, "inputs"), images.clamp(-1, 1).cpu().split(8))
 
 
 def evaluate(gpt, tokenizer, held_out, config, step):
@@ -278,8 +291,14 @@ def evaluate(gpt, tokenizer, held_out, config, step):
     metrics = held_out_loss(gpt, *held_out, config.precision)
     columns, header = sample_grid(gpt, tokenizer, *held_out[1:], config.cfg_scale)
     rows = [[column[i] for column in columns] for i in range(8)]
-    save_grid(os.path.join(config.out, f"step{step:07d}.png"), rows, header)
+    save_rows(os.path.join(config.out, f"step{step:07d}"), rows, header)
     return metrics
+
+
+def save_rows(path, rows, header=()):
+    """Write rows of images (3, H, W) as a .png; rows of clips (3, F, H, W) as an animated .webp."""
+    of_clips = rows[0][0].dim() == 4
+    (save_clip_grid if of_clips else save_grid)(path + (".webp" if of_clips else ".png"), rows, header)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -293,8 +312,8 @@ def main(config):
     """
     run = init_distributed(config.device)
     check(config, run)
-    tokenizer = open_tokenizer(config, run)  # these two before anything is written: they may not be there
-    images = open_data(config.data, max(tokenizer.image_size), "train", augment=config.augment, seed=config.seed)
+    tokenizer = open_trained(config, run)  # these two before anything is written: they may not be there
+    images = open_split(config, tokenizer, "train")
     with Checkpoints(config, RUN_FIELDS, run) as checkpoints:
         return train(config, run, checkpoints, tokenizer, images)
 
@@ -306,10 +325,10 @@ def train(config, run, checkpoints, tokenizer, images):
     micro = config.micro_batch or b     # images of one forward pass
     T = config.length or tokenizer.config.registers
     views = config.views
-    if isinstance(images, Shapes):  # endless: other scenes instead of other views of the same
+    if isinstance(images, (Shapes, MovingShapes)):  # endless: other scenes instead of other views of the same
         images.length, views = images.length * views, 1
     dataset = cache_tokens(images, views, config, tokenizer, run)
-    held_out = open_data(config.data, max(tokenizer.image_size), "held_out", augment=False, seed=config.seed)
+    held_out = open_split(config, tokenizer, "held_out")
     held_out = tokens_of(held_out, tokenizer, config.eval_images, T)              # (n, T), (n,), n captions
 
     # ---- model ------------------------------------------------------------------------------------------------
@@ -404,13 +423,15 @@ def train(config, run, checkpoints, tokenizer, images):
     return metrics
 
 
-def open_tokenizer(config, run):
+def open_trained(config, run):
     """The trained tokenizer, before anything is written: it may not be there. Raises UserError if it does not fit."""
     name = shipped(config.tokenizer)
-    made_by = [preset for preset in ("cpu", "emoji64-cpu", "emoji64", "d18-d28") if config.tokenizer == f"out/{preset}"]
+    presets = ("cpu", "emoji64-cpu", "emoji64", "d18-d28", "video-cpu")
+    made_by = [preset for preset in presets if config.tokenizer == f"out/{preset}"]
     if made_by and not os.path.isdir(name):
-        raise UserError(f"--tokenizer {name}: is not there yet; run train_tokenizer.py --preset {made_by[0]} first")
-    tokenizer = FlexTok.from_pretrained(name, device=run.device)
+        script = "train_video.py" if made_by == ["video-cpu"] else "train_tokenizer.py"
+        raise UserError(f"--tokenizer {name}: is not there yet; run {script} --preset {made_by[0]} first")
+    tokenizer = open_tokenizer(name, run.device)
     K = tokenizer.config.registers
     if config.length > K:
         raise UserError(f"--length {config.length}: {config.tokenizer} has {K} tokens per image")

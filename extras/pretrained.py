@@ -3,12 +3,13 @@ Official checkpoints in and out: weights of the official code load here, and wha
 
     hub name --find--> config.json, model.safetensors --read_flextok--> FlexTok --export_official--> both official forms
     file, directory    (or in the file's metadata)                      VAE                      diffusers' directory
+                                                  --read_videoflextok--> VideoFlexTok            both official forms
                        config.yaml, model.safetensors --read_flexar---> GPT                      config.yaml, the same
 
 Nothing named in a file is ever imported or called: a config is text that we follow by a table (ENCODER, DECODER), and
 what the table does not know is refused by name. Tensors come from safetensors only, are mapped from the file, and are
 checked against the sizes that the config asks for before anything is allocated. The public calls are `from_pretrained`
-of FlexTok, VAE and GPT; this file is what they use for everything that is not ours.
+of FlexTok, VideoFlexTok, VAE and GPT; this file is what they use for everything that is not ours.
 
     python -m extras.pretrained inspect EPFL-VILAB/flextok_d12_d12_in1k       # sizes, options, parameters, the unusual
     python -m extras.pretrained convert EPFL-VILAB/flextok_d12_d12_in1k out/mine        # official form -> ours
@@ -34,6 +35,8 @@ from extras.hub import find, hub_file, is_hub_name
 from fsq import FSQ
 from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
 from vae import VAE, VAEConfig, config_from_diffusers, modern_names
+from video import VideoConfig, VideoFlexTok, checked_sizes, rows_of, unloaded_video
+from vidtok import VidTok, VidTokConfig
 
 # ---------------------------------------------------------------------------------------------------------------
 # The official config
@@ -331,14 +334,10 @@ def official_config(config, vae_config, repa=None):
     sizes["repa_features"], sizes["repa_layers"] = repa or (0, 0)
 
     def module(row):
-        path, _, op = row.path.partition(" ")
-        values = {"_target_": "flextok." + path}
-        if op:
-            values["per_sample_op"] = {"_target_": "hydra.utils.get_method",
-                                       "path": f"flextok.model.utils.dict_ops.{op}"}
-        for argument, what in (row.reads | row.writes).items():
-            names = [one.split("#")[0] for one in (what if isinstance(what, list) else [what])]
-            values[argument] = names if isinstance(what, list) else names[0]
+        values = wired(row, "flextok.")
+        if "per_sample_op" in values:
+            path = values["per_sample_op"]["_target_"]
+            values["per_sample_op"] = {"_target_": "hydra.utils.get_method", "path": path}
         for argument, size in row.sizes.items():
             number = sizes[size]
             values[argument] = ([number, number] if argument == "patch_sizes" else list(number) if size == "grid" else
@@ -361,6 +360,18 @@ def official_config(config, vae_config, repa=None):
     return official
 
 
+def wired(row, package):
+    """A row of the tables as a module of an official config, with its class and its entries, without sizes."""
+    path, _, op = row.path.partition(" ")
+    values = {"_target_": package + path}
+    if op:
+        values["per_sample_op"] = {"_target_": f"{package}model.utils.dict_ops.{op}", "_partial_": True}
+    for argument, what in (row.reads | row.writes).items():
+        names = [one.split("#")[0] for one in (what if isinstance(what, list) else [what])]
+        values[argument] = names if isinstance(what, list) else names[0]
+    return values
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Tensor names
 
@@ -372,6 +383,7 @@ PLACES = [
     ("encoder.head.", "enc_to_latents", "proj."), ("decoder.from_codes.", "dec_from_latents", "proj."),
     ("decoder.positions", "dec_registers_posemb_module", "posembs"),
     ("decoder.mask_token", "dec_nested_dropout", "dropout_mask_token"),
+    ("decoder.prefix_token", "dec_prefix_masking", "dropout_mask_token"),  # of clips only
     ("decoder.null_token", "dec_latent_dropout", "nullcond"),
     ("decoder.patch_embed.proj.", "dec_noise_patch_emb", "patch_proj."),
     ("decoder.patch_embed.positions", "dec_patches_posemb_module", "posembs"),
@@ -533,13 +545,16 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
     A `FlexTok`: config.json and model.safetensors (the hub form; the latter has the config in its metadata too, and
     alone is the single-file form), vae/ (diffusers). If its VAE is not of the official sizes, the config names it
     ./vae: the official code then opens the directory only from inside itself (cd there first), and this is printed.
-    A `VAE`: its diffusers directory. A `GPT`: config.yaml and model.safetensors; `tokenizer` is the hub name or path of
-    the tokenizer whose tokens it writes. Raises UserError for what has no such form.
+    A `VAE`: its diffusers directory. A `VideoFlexTok`: config.json and model.safetensors. A `GPT`: config.yaml and
+    model.safetensors; `tokenizer` is the hub name or path of the tokenizer whose tokens it writes. Raises UserError for
+    what has no such form.
     """
     if isinstance(model, VAE):
         return model.save_pretrained(directory, dtype)
     if isinstance(model, GPT):
         return export_flexar(model, directory, dtype, tokenizer)
+    if isinstance(model, VideoFlexTok):
+        return export_official_video(model, directory, dtype)
     if not isinstance(model.quantizer, FSQ):
         raise UserError(f"a tokenizer whose quantiser is {type(model.quantizer).__name__} has no official form")
     head = getattr(model, "repa_head", None)
@@ -569,6 +584,262 @@ def still_describes(model):
     scaling = model.official["vae"].get("scaling_factor") or model.vae.config.scaling_factor
     initial = {name: getattr(model.config, name) for name in ("position_std", "code_std", "head_std")}
     return replace(config, **initial) == model.config and scaling == model.vae.config.scaling_factor
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VideoFlexTok: the same kind of config, of another package; only rows that differ from an image tokenizer's are here
+
+CLIP_ROWS = {
+    "vae": {"path": "compressors.vidtok.VidTokVAE", "sizes": {},
+            "settings": {"images_read_key": "rgb", "vae_latents_read_key": "vae_latents_reconst",
+                         "images_reconst_write_key": "rgb_reconst", "tokenizer_id": "vidtok_kl_causal_488_16chn"}},
+    "enc_posemb_module": {"sizes": {"dim": "enc_width", "max_sizes": "enc_positions"}, "settings": LEARNED},
+    "enc_register_module": {"path": "model.preprocessors.registers.RegistersTemporal2D",
+                            "sizes": {"dim": "enc_width", "n_max": "registers", "t_max": "T"}},
+    "enc_seq_packer": {"settings": {"mask_mode": "time_block_causal_last", "pad_to_multiple": 128}},
+    "dec_registers_posemb_module": {"sizes": {"dim": "dec_width", "max_sizes": "code_positions"}},
+    "dec_latent_dropout": {"reads": {"read_write_key": "dec_quants#prefixed"}},
+    "dec_patches_posemb_module": {"sizes": {"dim": "dec_width", "max_sizes": "dec_positions"}, "settings": LEARNED},
+    "dec_seq_packer": {"sizes": {"mask_mode": "dec_mask"},
+                       "settings": {"per_subseq_embs": True, "pad_to_multiple": 128}},
+    "flow_matching_noise_module": {"path": "flow_matching.noise_modules.PrefixMinRFNoiseModule",
+                                   "settings": {"prefix_len": [0, 1], "keep_prefix_prob": [0.5, 0.5]}},
+    "pipeline": {"path": "flow_matching.pipelines.VideoMinRFPipeline",
+                 "reads": {"latents_read_key": "quants", "timesteps_read_key": "timesteps",
+                           "reconst_write_key": "vae_latents_reconst", "noised_videos_read_key": "flow_noised_latents"},
+                 "settings": {"_partial_": True, "cond_vae_latents_key": "cond_vae_latents"}},
+}
+PREFIX_MASKING = Row(
+    "dec_prefix_masking", "model.preprocessors.token_dropout.MaskedPrefixDropout",
+    {"read_write_key": "dec_quants#kept"}, {"read_write_key": "dec_quants#prefixed"}, {"dim": "dec_width"},
+    {"prefix_len_read_key": "prefix_len", "eval_prefix_len_read_key": "eval_prefix_len"})
+CLIP_CLASSES = {PACKER: "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker",
+                UNPACKER: "model.postprocessors.seq_unpacking.SequenceInterleavedUnpacker"}
+# What training alone uses, and what only names an entry or a place
+CLIP_FREE = {"prefix_len", "keep_prefix_prob", "max_cond_sigma", "cond_sigma_prob", "prefix_len_read_key",
+             "eval_prefix_len_read_key", "prefix_len_write_key", "loss_mask_write_key", "cond_vae_latents_key",
+             "tokenizer_id", "vidtok_config_path", "ckpt_path", "intermediate_layer_write_key"}
+
+
+def clip_rows(rows):
+    """The rows of a part of an image tokenizer -> those of the same part of a clip's."""
+    for row in rows:
+        if row.name in OPTIONAL:
+            continue
+        yield row._replace(**{"path": CLIP_CLASSES.get(row.path, row.path), **CLIP_ROWS.get(row.name, {})})
+        if row.name == "dec_nested_dropout":
+            yield PREFIX_MASKING
+
+
+CLIP_PARTS = {part: list(clip_rows(rows)) for part, rows in PARTS.items()}
+
+
+def follow_clip_config(config, where):
+    """Official config of a VideoFlexTok -> (`VideoConfig`, names of its modules, whether the decoder packs registers
+    first). Both of its forms: the parts alone, or with the sizes of windows around them. Raises `UserError`.
+    """
+    check_targets(config, where, r"videoflextok(\.\w+)+")
+    around, config = config, config.get("video_flex_tok", config)
+    for part in CLIP_PARTS:
+        modules = config.get(part)
+        is_list = part in ("encoder", "decoder")
+        if not isinstance(modules, dict) or is_list and not isinstance(modules.get("module_dict"), dict):
+            raise UserError(f"{where}: {part} is {shown(modules)}, expected a module{' with a module_dict' * is_list}")
+    refusals = []
+    for registers_first in (False, True):  # which tokens the decoder packs first decides whose modulation is first
+        holds, names, sizes = {}, {}, {}
+        try:
+            for part, rows in CLIP_PARTS.items():
+                modules = config[part].get("module_dict", {part: config[part]})
+                if part == "decoder":
+                    modules = living(modules, held_key(config["vae"]))
+                    modules = {name: reversed_lists(module) if registers_first else module
+                               for name, module in modules.items()}
+                modules = {name: {argument: value for argument, value in module.items() if argument not in CLIP_FREE}
+                           if isinstance(module, dict) else module for name, module in modules.items()}
+                follow(modules, rows, holds, sizes, names, where)
+            break
+        except UserError as refusal:
+            refusals.append(refusal)
+    else:
+        raise refusals["Packer" in str(refusals[0])]
+    L, T, levels = sizes.pop("L"), sizes.pop("T"), config["regularizer"].get("levels")
+    for size in ("enc_positions", "dec_positions", "code_positions"):
+        sizes.pop(size)  # their tables tell
+    p = sizes["patch_size"]
+    if not isinstance(p, (list, tuple)) or len(p) != 3 or p[0] != 1 or p[1] != p[2]:
+        raise UserError(f"{where}: patch_sizes {shown(p)}, expected [1, p, p]")
+    sizes |= {name: config["regularizer"].get(name) or 0.0 for name in ("drop_quant_p", "corrupt_tokens_p")}
+    frames, overlap = around.get("chunk_size", 17), around.get("overlap_size_frames", 1)
+    if type(frames) is not int or type(overlap) is not int:
+        raise UserError(f"{where}: chunk_size {shown(frames)}, overlap_size_frames {shown(overlap)}: expected integers")
+    sizes |= {"patch_size": p[1], "frames": frames, "stride": frames - overlap, "levels": levels,
+              "grid": clip_grid(around, p[1], where)}
+    found = checked_sizes(VideoConfig, sizes, where)
+    if len(found.levels) != L or type(T) is not int or T < rows_of(found.frames):
+        raise UserError(f"{where}: {shown(L)} outputs for levels {shown(levels)}, t_max {shown(T)} for windows of "
+                        f"{found.frames} frames: they do not fit")
+    return found, names, registers_first
+
+
+def clip_grid(around, p, where):
+    """(rows, columns) of patches: from vae_video_sizes (T, h, w), one or a list of one; else of the official class."""
+    size = around.get("vae_video_sizes") or [5, 16, 16]
+    size = size[0] if isinstance(size, list) and len(size) == 1 else size
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(type(n) is int and 0 < n < 2**15 for n in size):
+        raise UserError(f"{where}: vae_video_sizes {shown(size)}, expected [frames, height, width]")
+    return tuple(n // p for n in size[1:])
+
+
+def held_key(vae):
+    """The entry that the VAE decodes: what all of the decoder is for."""
+    return vae.get("vae_latents_read_key")
+
+
+def living(modules, goal):
+    """Without those modules that nothing leads from to the entry `goal`: a REPA head, of training only."""
+    wanted, alive = {goal}, []
+    for name, module in reversed(modules.items()):
+        entries = {"read": set(), "write": set()}
+        for argument, value in module.items() if isinstance(module, dict) else ():
+            keys = [key for key in (value if isinstance(value, list) else [value]) if isinstance(key, str)]
+            for way in entries:
+                if way in argument and argument.endswith(("_key", "_keys")):
+                    entries[way].update(keys)
+        if not module or not isinstance(module, dict) or entries["write"] & wanted:
+            alive.append(name)
+            wanted = wanted - entries["write"] | entries["read"]
+    return {name: module for name, module in modules.items() if name in alive}
+
+
+def reversed_lists(module):
+    """A packer or unpacker with the entries that it packs in the other order; any other module as it is."""
+    if not isinstance(module, dict):
+        return module
+    return {argument: value[::-1] if argument.endswith(("input_list_read_keys", "inner_seq_write_keys"))
+            and isinstance(value, list) else value for argument, value in module.items()}
+
+
+def clip_name(name, names):
+    """Our tensor name of a `VideoFlexTok` -> the official one."""
+    return "vae.vidtok." + name.removeprefix("vae.") if name.startswith("vae.") else official_name(name, names)
+
+
+def turned(name, x, registers_first):
+    """A tensor from our form into the official one: tables as (axes, 1, D, M), modulations in the packer's order."""
+    if name.endswith(".positions"):
+        return x.transpose(1, 2)[:, None]                                         # (a, M, D) -> (a, 1, D, M)
+    if registers_first and ".adaln." in name:
+        return x.unflatten(0, (2, -1)).flip(0).flatten(0, 1)                      # (12·D, ...), its halves exchanged
+    return x
+
+
+def turned_back(name, x, registers_first, where):
+    """The inverse of `turned`."""
+    if not name.endswith(".positions"):
+        return turned(name, x, registers_first)
+    if x.dim() != 4 or x.shape[1] != 1:
+        raise UserError(f"{where}: a table of positions is {shown(list(x.shape))}, expected [axes, 1, width, places]")
+    return x[:, 0].transpose(1, 2)                                                # (a, 1, D, M) -> (a, M, D)
+
+
+def vidtok_config(tensors, where):
+    """Sizes of a VidTok, whose file has none, from the shapes of its tensors under our names."""
+    def shape(name):
+        if name not in tensors:
+            raise UserError(f"{where}: lacks tensor vae.vidtok.{name.removeprefix('vae.')}")
+        return tensors[name].shape
+    c, found = shape("vae.encoder.conv_in.conv.weight")[0], []
+    while f"vae.encoder.down.{len(found)}.block.0.conv1.weight" in tensors:
+        found.append(shape(f"vae.encoder.down.{len(found)}.block.0.conv1.weight")[0] // c)
+    layers = sum(bool(re.fullmatch(r"vae\.encoder\.down\.0\.block\.\d+\.conv1\.weight", name)) for name in tensors)
+    return checked_sizes(VidTokConfig, {"channels": c, "channel_mult": found, "layers_per_block": layers,
+                                        "latent_channels": shape("vae.encoder.conv_out.conv.weight")[0] // 2}, where)
+
+
+def read_videoflextok(name, device="cpu", dtype=torch.float32):
+    """Official checkpoint (directory, safetensors file, hub name) -> `VideoFlexTok` in eval mode. Raises `UserError`.
+
+    dtype: None is as stored. Its REPA head, if there is one, is left out. A hub repository in our own form is read too.
+    """
+    config_path, path = find(name, "config.json", "model.safetensors")
+    config, where = read_config(config_path, path, alone=os.path.isfile(name))
+    if where == config_path and isinstance(config, dict) and config.get("format") == "minFlexTok video":
+        return VideoFlexTok.from_pretrained(own_directory(path), device, dtype)
+    if not isinstance(config, dict) or not {"video_flex_tok", "encoder"} & config.keys():
+        raise UserError(f'{where}: not a minFlexTok video tokenizer ("format": "minFlexTok video") nor an official one '
+                        f'("video_flex_tok")')
+    sizes, names, registers_first = follow_clip_config(config, where)
+    tensors = {x.removeprefix("video_tokenizer."): y for x, y in unwrapped(load_tensors(path), path).items()}
+    dead = set((config.get("video_flex_tok") or config)["decoder"]["module_dict"]) - set(names.values())
+    tensors = {x: y for x, y in tensors.items() if not x.startswith(tuple(f"decoder.module_dict.{m}." for m in dead))}
+    ours = {"vae." + x.removeprefix("vae.vidtok."): y for x, y in tensors.items() if x.startswith("vae.vidtok.")}
+    lengths = {size: tensors[table].shape[-1] for size, table in (
+        (size, clip_name(f"{part}.positions", names)) for size, part in (
+            ("enc_positions", "encoder.patch_embed"), ("dec_positions", "decoder.patch_embed"),
+            ("code_positions", "decoder"))) if table in tensors and tensors[table].dim()}
+    tokenizer = unloaded_video(replace(sizes, **lengths), vidtok_config(ours, path), where)
+    called = {mine: clip_name(mine, names) for mine in tokenizer.state_dict()}
+    wanted = {theirs: mine for mine, theirs in called.items()}
+    tensors = {wanted.get(x, x): turned_back(wanted.get(x, x), y, registers_first, path) for x, y in tensors.items()}
+    registers = tensors.get("encoder.registers")
+    if registers is not None:  # a table may be longer than a window
+        tensors["encoder.registers"] = registers[:rows_of(sizes.frames)]          # (T, K, D)
+    load_weights(tokenizer, tensors, path, device, dtype, called=called)
+    tokenizer.official = config
+    return tokenizer.to(device).eval()
+
+
+def official_clip_config(config):
+    """The config of the official package for a `VideoConfig`, with the sizes of windows around it."""
+    T, p = rows_of(config.frames), config.patch_size
+    sizes = asdict(config) | {"L": len(config.levels), "T": T, "patch_size": [1, p, p]}
+    sizes |= {size: [sizes[size]] * (2 if size == "code_positions" else 3)
+              for size in ("enc_positions", "dec_positions", "code_positions")}
+
+    def module(row):
+        values = {argument: sizes[size] for argument, size in row.sizes.items()}
+        return wired(row, "videoflextok.") | values | row.settings
+
+    official = {part: module(rows[0]) for part, rows in CLIP_PARTS.items()}
+    for part in ("encoder", "decoder"):
+        official[part] = {"_target_": "videoflextok.model.utils.wrappers." + WRAPPER,
+                          "module_dict": {row.name: module(row) for row in CLIP_PARTS[part]}}
+    for argument in ("intermediate_layer_write_key", "intermediate_layers"):
+        del official["decoder"]["module_dict"]["dec_transformer"][argument]
+    official["encoder"]["module_dict"]["enc_register_module"]["n_min"] = config.registers
+    official["regularizer"] |= {"levels": list(config.levels), "drop_quant_p": config.drop_quant_p,
+                                "corrupt_tokens_p": config.corrupt_tokens_p}
+    return {"video_flex_tok": {"_target_": "videoflextok.wrappers.VideoFlexTok", **official},
+            "chunk_size": config.frames, "overlap_size_frames": config.overlap,
+            "vae_video_sizes": [T, *(side * p for side in config.grid)]}
+
+
+def export_official_video(tokenizer, directory, dtype=None):
+    """Write a `VideoFlexTok` as the official code opens it: config.json and model.safetensors.
+
+    dtype: of the weights; None is as they are. The config is the one that the tokenizer came with where that still
+    fits it. Raises UserError for one on pixels, whose VAE the official code does not have.
+    """
+    if not isinstance(tokenizer.vae, VidTok) or not isinstance(tokenizer.quantizer, FSQ):
+        raise UserError("a video tokenizer without VidTok, or with another quantiser than FSQ, has no official form")
+    if tokenizer.config.scale_codes:
+        raise UserError("a video tokenizer that scales what FSQ reads (--scale_codes) has no official form")
+    ours = {name: getattr(tokenizer.config, name) for name in ("enc_positions", "dec_positions", "code_positions",
+                                                               "patch_position_std", "position_std", "code_std",
+                                                               "head_std")}
+    config = tokenizer.official
+    try:
+        fits = replace(follow_clip_config(config, "official")[0], **ours) == tokenizer.config
+    except UserError:  # {} too: a model that was made here
+        fits = False
+    config = config if fits else official_clip_config(tokenizer.config)
+    _, names, registers_first = follow_clip_config(config, directory)
+    tensors = {clip_name(name, names): turned(name, x, registers_first) for name, x in tokenizer.state_dict().items()}
+    write_json(os.path.join(directory, "config.json"), config)
+    inner = config.get("video_flex_tok", config)
+    metadata = {name: str(value) for name, value in inner.items()}
+    save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1006,19 +1277,28 @@ def load_any(name):
     """A checkpoint in any form -> its `FlexTok`, `VAE` or `GPT`, tensors as stored, and whether it was official."""
     form = form_of(name)
     is_prior = form == "minFlexTok prior" or not form and beside(name, "config.yaml")
-    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else FlexTok
+    Tokenizer = VideoFlexTok if is_official_video(name) else FlexTok
+    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else Tokenizer
     return Model.from_pretrained(name, dtype=None), not form.startswith("minFlexTok")
+
+
+def is_official_video(name):
+    """Whether a checkpoint's config.json is that of an official video tokenizer, or on the hub of one of ours."""
+    path = beside(name, "config.json")
+    config = read_json(path) if path else {}
+    return isinstance(config, dict) and ("video_flex_tok" in config or config.get("format") == "minFlexTok video")
 
 
 def inspect(name):
     """Print what a checkpoint is; it is loaded for that, so whatever is wrong with it comes out too."""
     model, official = load_any(name)
-    kind = {FlexTok: "tokenizer (FlexTok)", VAE: "VAE", GPT: "prior (GPT)"}[type(model)]
+    kind = {FlexTok: "tokenizer (FlexTok)", VAE: "VAE", GPT: "prior (GPT)",
+            VideoFlexTok: "video tokenizer (VideoFlexTok)"}[type(model)]
     tensors = model.state_dict().values()
     print(f"{name}: a {kind} in {'the official' if official else 'our'} form, {sum(x.numel() for x in tensors):,} "
           f"numbers stored as {', '.join(sorted({str(x.dtype).removeprefix('torch.') for x in tensors}))}")
     configs = [model.config]
-    if isinstance(model, FlexTok):
+    if isinstance(model, (FlexTok, VideoFlexTok)) and model.vae.config:
         configs.append(model.vae.config)
     if isinstance(model, GPT):
         configs.append(FlexARConfig(**model.official.get("variants", {})))

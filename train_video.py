@@ -1,0 +1,331 @@
+"""
+Train a VideoFlexTok tokenizer, in two stages of one run. What differs from train_tokenizer.py, and only that.
+
+    clips --VAE (frozen)--> latents --Encoder, FSQ--> codes --the first k of every row--> Decoder --> velocity
+    stage 1  encoder and decoder learn together, both time-causal: a row can rely on nothing that comes later
+    stage 2  the encoder is frozen, so tokens stay what they are; the decoder may look at the whole clip, and gets the
+             first latent frame clean in half of all cases: that is how a long clip goes on, and how a photo moves
+
+Why two: what the encoder learns beside a decoder that sees everything is not causal in spirit, since it may leave to
+later rows what an earlier one should say; but rebuilding a clip is easier for a decoder that sees all of it.
+Paper: VideoFlexTok; its training code is not public. Differences: no REPA loss, AdamW instead of muP, one learning rate
+schedule over both stages, `SHORT` of train_tokenizer.py.
+
+    python train_video.py --preset video-cpu             # two cores: drawn clips of 17 frames at 32 px
+    python train_video.py --preset video-cpu --steps 300 --out out/try
+
+Writes out/<run>/ as train_tokenizer.py does, with animated pictures. Times and numbers: RESULTS.md.   Next: sample.py
+"""
+import math
+import os
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+import flow
+from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
+                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
+                    init_distributed, learning_rate, provenance, read_log, seed_step)
+from clips import save_clip_grid
+from data import batches, open_clips, spread
+from images import psnr, save_curves, to_float
+from model import powers_of_two, sample_k
+from train_tokenizer import SHORT, by_t, draw_noise, sample_t
+from video import VideoConfig, VideoFlexTok, given_rows, rows_of, unloaded_video
+from vidtok import ComponentsConfig, make_vae
+
+
+@dataclass
+class VideoTrainConfig:
+    """Train a VideoFlexTok tokenizer."""
+    # data
+    data: str = "moving"             # moving: drawn clips of moving shapes
+    image_size: int = 32             # side of a frame in pixels
+    frames: int = 17                 # of a window, 1 + 4n
+    vae: str = ""                    # a video tokenizer's directory, whose VAE is taken; empty: principal components
+    components: int = 16             # how many, if --vae is empty
+    downsampling: int = 4            # and of groups of four frames of so many pixels a side
+    out: str = "out/video"           # the run's directory
+    workers: int = 0                 # processes that draw clips
+    # model
+    enc_depth: int = 18              # encoder blocks
+    dec_depth: int = 28              # decoder blocks
+    enc_width: int = 0               # 0: 64 times the depth
+    dec_width: int = 0               # 0: 64 times the depth
+    head_dim: int = 64               # size of an attention head
+    patch_size: int = 2              # latents per patch side
+    registers: int = 256             # K, the most tokens a row can have
+    levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
+    scale_codes: bool = False        # give what FSQ reads a mean square of 1; False official, True for short runs
+    drop_quant_p: float = 0.0        # chance per clip that FSQ does not round
+    corrupt_tokens_p: float = 0.0    # chance per clip that a random share of its tokens is replaced
+    patch_position_std: float = 0.02  # initial size of positions of patches; 0.02 official, 0.5 for short runs
+    position_std: float = 0.02       # initial size of those of registers; 0.02 official, 1.0 for short runs
+    code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
+    head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
+    # method
+    stage_2: float = 0.25            # the share of the steps, at the end, that is stage 2
+    first_frame_p: float = 0.5       # in stage 2: chance per clip that its first latent frame is given
+    nested_dropout: str = "pow2"     # how k is drawn, one for all rows of a clip: uniform, pow2 or uniform_pow2
+    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.2-0.4 if short
+    null_p: float = 0.1              # chance per clip to be trained without tokens, which guidance needs
+    t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
+    t_mean: float = 0.0              # of logit_normal; above 0 moves t towards noise
+    pure_noise_share: float = 0.0    # share of clips at exactly t = 1; 0 official, 0.3 for short runs
+    # optimisation
+    steps: int = 100_000             # optimizer steps
+    batch_size: int = 64             # clips per step
+    lr: float = 5e-4                 # peak learning rate
+    warmup: int = 1000               # steps
+    beta2: float = 0.99              # of AdamW; beta1 is 0.9
+    weight_decay: float = 0.0        # of AdamW, on matrices only
+    grad_clip: float = 1.0           # largest gradient norm
+    ema_decay: float = 0.9999        # decay of the averaged weights
+    # running
+    seed: int = 0                    # of the weights, the data order and the noise
+    device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"          # auto, bf16, fp16 or fp32
+    log_every: int = 100             # steps
+    eval_every: int = 5000           # steps; also saves
+    eval_clips: int = 32             # held-out clips that are reconstructed
+    eval_timesteps: int = 25         # sampler steps
+    eval_guidance: float = 1.0       # 1.0: none, which is best for PSNR
+    resume: bool = False             # continue the run in --out
+    stop_at: int = 0                 # save and end before this step, as if interrupted; 0: never
+
+
+PRESETS = {
+    "video-cpu": dict(    # 2 CPU cores, under 15 minutes: drawn clips of 17 frames at 32 px
+        SHORT, out="out/video-cpu", components=24, enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=8,
+        scale_codes=True, patch_position_std=0.5, autoencoder_share=0.4, nested_dropout="uniform_pow2",
+        steps=2000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1000),
+}
+# may differ when a run is resumed
+RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_clips", "eval_timesteps",
+              "eval_guidance", "resume", "stop_at")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def training_loss(model, latents, noise, t, k_keep, room, prefix):
+    """How wrong the velocity is, for each clip (b,).
+
+    latents and noise (b, C, T, h, w), t (b,), one for all frames of a clip; k_keep and room (b,) as in
+    train_tokenizer.py, one for all rows of a clip. prefix (b,): so many latent frames are given clean. They are not
+    part of the loss: there is nothing to foresee. The last three lie on the CPU.
+    """
+    given = given_rows(prefix, latents.shape[2], latents.device)                  # (b, T)
+    x_t = flow.interpolate(latents, noise, t)                                     # (b, C, T, h, w)
+    x_t = torch.where(given[:, None, :, None, None], latents, x_t)
+    v = model(latents, x_t, t, k_keep, room, prefix)                              # (b, C, T, h, w)
+    error = (v.float() - flow.velocity_target(latents, noise)).square().mean((1, 3, 4))  # (b, T)
+    return (error * ~given).sum(1) / (~given).sum(1)                              # (b,)
+
+
+def draw_prefix(config, step, run):
+    """How many latent frames each clip is given: (b,) int64, 0 or in stage 2 perhaps 1, on the CPU; by (seed, step)."""
+    u = torch.rand(config.batch_size, generator=generator("cpu", config.seed, step, "prefix"))  # (B,)
+    return (u < config.first_frame_p * in_stage_2(config, step)).long()[run.part(config.batch_size)]
+
+
+def in_stage_2(config, step):
+    """Whether step 0, 1, 2, ... is one of stage 2."""
+    return config.stage_2 > 0 and step >= round((1 - config.stage_2) * config.steps)
+
+
+def enter_stage(tokenizer, second):
+    """Set what a stage decides: who sees whom in the decoder, and whether the encoder learns."""
+    tokenizer.decoder.mask = "full" if second else "time_block_causal"
+    tokenizer.config = replace(tokenizer.config, dec_mask=tokenizer.decoder.mask)
+    for part in (tokenizer.encoder, tokenizer.quantizer):
+        part.requires_grad_(not second)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The pieces of a run
+
+
+def build_vae(config, dataset):
+    """The frozen VAE: that of --vae, or components fitted to 256 clips of the data set."""
+    if config.vae:
+        return VideoFlexTok.from_pretrained(config.vae).vae
+    vae = make_vae(ComponentsConfig(config.components, config.downsampling))
+    vae.fit(spread(dataset, 256))
+    return vae
+
+
+def build_tokenizer(config, vae):
+    """A new VideoFlexTok around `vae` with the sizes of `config`. Raises UserError if they do not fit together."""
+    side = config.patch_size * vae.downsampling
+    if config.image_size % side:
+        raise UserError(f"--image_size {config.image_size}: expected a multiple of {side} (VAE factor "
+                        f"{vae.downsampling} times --patch_size {config.patch_size})")
+    T, patches = rows_of(config.frames), config.image_size // side
+    return VideoFlexTok(VideoConfig(
+        latent_channels=vae.latent_channels, frames=config.frames, stride=config.frames - 1, grid=(patches, patches),
+        patch_size=config.patch_size, enc_width=config.enc_width or 64 * config.enc_depth, enc_depth=config.enc_depth,
+        enc_head_dim=config.head_dim, dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth,
+        dec_head_dim=config.head_dim, registers=config.registers, enc_positions=max(T, patches),
+        dec_positions=max(T, patches), code_positions=max(T, config.registers), levels=tuple(config.levels),
+        scale_codes=config.scale_codes, drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p,
+        patch_position_std=config.patch_position_std, position_std=config.position_std, code_std=config.code_std,
+        head_std=config.head_std), vae)
+
+
+@torch.no_grad()
+def reconstruction(tokenizer, clips, timesteps=25, guidance_scale=1.0):
+    """Rebuild clips (n, 3, F, H, W) from 1, 2, 4, ..., K tokens a row -> metrics, columns (n, 3, F, H, W), header.
+
+    metrics: "ks"; "psnr", the mean in dB for each k; "psnr_vae", the best one could get; "psnr_first", of first frames;
+    "distinct_tokens", the least, mean and largest number of distinct tokens at a place.
+    """
+    tokens, ks = tokenizer.tokenize(clips), powers_of_two(tokenizer.config.registers)  # n x (1, t, K)
+    columns = [clips, tokenizer.vae.decode(tokenizer.vae.latents(clips))]         # (n, 3, F, H, W) each
+    columns += [tokenizer.detokenize([rows[..., :k] for rows in tokens], timesteps, guidance_scale,
+                                     generator=torch.Generator().manual_seed(0)) for k in ks]
+    decibels = [psnr(column, clips).mean().item() for column in columns[1:]]
+    first = [psnr(column[:, :, 0], clips[:, :, 0]).mean().item() for column in columns[2:]]
+    distinct = [len(place.unique()) for place in torch.cat(tokens).flatten(1).T]  # t·K
+    metrics = {"ks": ks, "psnr": decibels[1:], "psnr_vae": decibels[0], "psnr_first": first,
+               "distinct_tokens": [min(distinct), sum(distinct) / len(distinct), max(distinct)]}
+    return metrics, columns, ["original", "VAE", *(f"k={k}" for k in ks)]
+
+
+def evaluate(tokenizer, clips, config, step):
+    """Rebuild held-out clips (n, 3, F, H, W): returns the metrics, writes an animated picture."""
+    metrics, columns, header = reconstruction(tokenizer, clips, config.eval_timesteps, config.eval_guidance)
+    rows = list(zip(*(column[:6].cpu() for column in columns)))
+    save_clip_grid(os.path.join(config.out, f"step{step:07d}.webp"), rows, header)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(config):
+    """Train; returns the last evaluation's metrics, or {} if it was stopped (Ctrl-C, SIGTERM, --stop_at), after saving.
+
+    Raises UserError for settings that cannot work, before anything is written.
+    """
+    run = init_distributed(config.device)
+    check(config, run)
+    with Checkpoints(config, RUN_FIELDS, run) as checkpoints:
+        return train(config, run, checkpoints)
+
+
+def train(config, run, checkpoints):
+    """The run itself; see `main`."""
+    # ---- data -------------------------------------------------------------------------------------------------
+    dataset, held_out = (open_clips(config.data, config.image_size, split, config.seed, config.frames)
+                         for split in ("train", "held_out"))
+    eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
+
+    # ---- model ------------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    vae = build_vae(config, dataset)
+    raw = build_tokenizer(config, vae).to(run.device).train()
+    vae.eval()
+    ema = Average(raw, config.ema_decay)
+
+    # ---- optimizer --------------------------------------------------------------------------------------------
+    trainable = [p for part in (raw.encoder, raw.quantizer, raw.decoder) for p in part.parameters()]
+    groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    scaler = Scaler(config, run)
+
+    # ---- resume -----------------------------------------------------------------------------------------------
+    def export(state):  # "sampling" is what sample.py uses unless a flag says otherwise
+        last = in_stage_2(config, state["step"] - 1)  # as it was trained
+        sizes = replace(raw.config, dec_mask="full" if last else "time_block_causal")
+        fill_with_average(unloaded_video(sizes, vae.config, config.out), state["ema"]).save_pretrained(
+            config.out, train=asdict(config), step=state["step"], metrics=state["metrics"],
+            sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
+
+    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
+    log, means, stop = Log(config.out, run, start, "", config.steps), Means(6, run), StopRequest()
+    stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
+    log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
+            f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
+
+    def evaluate_and_save(step, evaluating):
+        enter_stage(ema.module, in_stage_2(config, step - 1))
+        new = stop.unless_stopped(lambda: evaluate(ema.module, eval_clips, config, step)) if evaluating else metrics
+        if new and evaluating:
+            log(step=step, **new)
+            save_curves(os.path.join(config.out, "curves.png"), read_log(config.out))
+        checkpoints.save(step, new or {})
+        log.reset(step)  # this does not count as training time
+        return new or {}
+
+    # ---- loop -------------------------------------------------------------------------------------------------
+    with stop:
+        if evaluation_due(config, start) and not metrics:  # stopped before it, or within
+            metrics = evaluate_and_save(start, True)
+        for step in range(start, config.steps):
+            lr = learning_rate(step, config.lr, config.warmup, config.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
+            enter_stage(raw, in_stage_2(config, step))
+            clips = to_float(next(stream)[0].to(run.device, non_blocking=True))   # (b, 3, F, H, W)
+            with torch.no_grad():
+                latents = raw.through_vae(vae.latents, clips)                     # (b, C, T, h, w)
+            noise, t, k_keep, room = draw_noise(config, step, latents, run)
+            with autocast(run.device, config.precision), attention_kernel(run.device):
+                loss = training_loss(raw, latents, noise, t, k_keep, room, draw_prefix(config, step, run))  # (b,)
+            scaler.scale(loss.mean()).backward()
+            means.add(*by_t(loss.detach(), t, (k_keep == 0).to(run.device, non_blocking=True)))
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            ema.update_parameters(raw)
+
+            done = step + 1
+            if done == config.stop_at:
+                stop.requested = True
+            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
+            if stopping or evaluating or done % config.log_every == 0:
+                *by_quarter, pure, loss = means.take()
+                norm = checkpoints.finite(done, loss, grad_norm)
+                log.training(done, config.batch_size, loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure, lr=lr,
+                             grad_norm=norm)
+            if stopping or evaluating:
+                metrics = evaluate_and_save(done, evaluating)
+            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
+                break
+        checkpoints.wait()
+        if stop.agreed(run):
+            log.say(f"stopped after step {log.logged}; go on with --resume")
+            return {}
+    return metrics
+
+
+def check(config, run):
+    """Raise UserError for settings that cannot work, before anything is trained or written."""
+    check_run(config, run)
+    if run.world > 1:
+        raise UserError(f"{run.world} processes: train_video.py runs in one")
+    open_clips(config.data, config.image_size)
+    check_range(config, 1, math.inf, "image_size", "frames", "components", "downsampling", "patch_size", "enc_depth",
+                "dec_depth", "head_dim", "registers", "eval_clips", "eval_timesteps")
+    check_range(config, 0, math.inf, "enc_width", "dec_width", "patch_position_std", "position_std", "code_std",
+                "head_std", "weight_decay", "eval_guidance")
+    check_range(config, 0, 1, "stage_2", "first_frame_p", "drop_quant_p", "corrupt_tokens_p", "null_p",
+                "pure_noise_share", "autoencoder_share", "beta2")
+    sample_t(config, 1, None, None)
+    try:
+        sample_k(1, config.registers, config.nested_dropout)
+        with torch.device("meta"):
+            build_tokenizer(config, make_vae(ComponentsConfig(config.components, config.downsampling)))
+    except ValueError as error:
+        raise UserError(f"these settings do not make a model: {error}") from None
+
+
+if __name__ == "__main__":
+    command(main, from_cli(VideoTrainConfig, PRESETS, needs_preset=True))
