@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Is all well on this machine's GPU? One command, 8 minutes at most; nothing is downloaded:
 #     bash extras/gpu_check.sh                                            # everything
-#     PARTS=train LIMIT=240 PRESET=emoji64 bash extras/gpu_check.sh       # 4 minutes of training alone
+#     PARTS=train LIMIT=540 PRESET=emoji64 bash extras/gpu_check.sh       # 9 minutes of training alone
 #     DEVICE=cpu QUICK=1 bash extras/gpu_check.sh                         # tries this script itself, without a GPU
 # Parts, in this order:
 #   parity   CPU against GPU: every attention kernel forwards and backwards, tokens, images, prior, gradients
 #   runs     all trainers and sample.py for a few steps each: saved, resumed, compiled, under torchrun
 #   watch    15 training steps of PRESET and of d12-d12: time, how much of it the GPU worked, launches, waits, memory
 #   bench    extras/bench.py, short
-#   train    as much of PRESET as fits the time that is left, and its weights
-# Writes $OUT (out/gpu_check): report.txt, logs.tar.gz, picture.png, config.json, weights in 16 bits in parts of 15 MB
-# (together again: cat weights.* > model.safetensors).
+#   train    a VAE, as much of PRESET as fits the time that is left, a prior, and their weights
+# Writes $OUT (out/gpu_check): report.txt, logs.tar.gz, picture.png; run/ and run-prior/ with a config.json each, and
+# their weights in 16 bits in parts of 15 MB (together again: cat run.weights.* > run/model.safetensors).
 # A good report ends in "all is well". Under watch, busy_ms should be near ms: else the GPU waits for Python.
 set -u
 cd "$(dirname "$0")/.."
@@ -29,7 +29,7 @@ step() {  # step NAME SECONDS LINES command...: at most so many seconds; reports
   tail -n "$lines" "$W/$name.log" | cut -c1-500 | tee -a "$OUT/report.txt"
   [ "$how" = ok ]
 }
-FAILED=$W/failed; mkdir -p "$OUT" && : > "$OUT/report.txt" && rm -f "$OUT"/weights.*
+FAILED=$W/failed; mkdir -p "$OUT" && : > "$OUT/report.txt" && rm -f "$OUT"/*.weights.*
 say "$(nproc --all) CPUs; $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2> /dev/null)"
 step vae_shipped 60 0 $P -c "from model import FlexTok
 FlexTok.from_pretrained('assets/emoji64').vae.save_pretrained('$W/vae')"
@@ -37,7 +37,8 @@ FlexTok.from_pretrained('assets/emoji64').vae.save_pretrained('$W/vae')"
 
 ALL="--device $DEVICE --log_every 4 --steps 12 --warmup 2"
 T="train_tokenizer.py --preset emoji64-cpu $ALL --vae $W/vae --cache_latents 0 --batch_size 32 --eval_images 4"
-A="$P train_ar.py --preset emoji64-cpu $ALL --batch_size 32 --eval_images 8 --out $W/prior"
+A="$P train_ar.py --preset emoji64-cpu $ALL --tokenizer assets/emoji64 --views 1 --batch_size 32 --eval_images 8"
+A+=" --out $W/prior"
 V="$P vae.py --preset emoji64 $ALL --gan_weight 0.5 --gan_start 4 --out $W/v"
 S="--n 2 --device $DEVICE --timesteps 4 --out $W"
 COMPILE=$($P train_tokenizer.py --help | grep -o -- "--compile[a-z_]*" | head -n 1)
@@ -49,7 +50,7 @@ tokenizers() {
 }
 others() {
   step vae 120 1 $V && step vae_resumed 90 1 $V --resume
-  step prior 120 1 $A --workers 2 --stop_at 6 && step prior_resumed 120 1 $A --resume --micro_batch 16
+  step prior 240 1 $A --workers 2 --stop_at 6 && step prior_resumed 120 1 $A --resume --micro_batch 16
   step generate 90 1 $P sample.py generate --text "red heart" $S/generate.png
   step reconstruct 90 6 $P sample.py reconstruct $S/reconstruct.png
 }
@@ -68,18 +69,26 @@ if [[ $PARTS == *bench* ]] && [ -z "$QUICK" ]; then
   step bench_compiled 120 3 $B detokenize train --ks 16 --compile
   step bench_generate 60 3 $B generate --size 85M --generate_batches 1 64 --length 64 --compile
 fi
-if [[ $PARTS == *train* ]]; then  # `watch` timed a step; 70 s are for filling the cache, evaluating and packing
+if [[ $PARTS == *train* ]]; then  # what is shipped: VAE, tokenizer, prior, as the presets say, but for their steps
+  step train_vae 150 1 timeout -s TERM 145 $P vae.py --preset emoji64 --device "$DEVICE" --out "$W/v64" \
+    ${QUICK:+--steps 20}
+  # `watch` timed a step; 150 s are for filling caches, evaluating, the prior and packing
   MS=$(tail -n 1 "$W/watch_$PRESET.log" | grep -o '"ms": [0-9]*' | grep -o '[0-9]*$' || echo 1000)
-  STEPS=$((900 * ($(left) - 70) / (MS + 1)))
+  STEPS=$((900 * ($(left) - 150) / (MS + 1)))
   [ -z "$QUICK" ] && [ "$STEPS" -gt 20 ] || STEPS=20
-  step train $(($(left) - 30)) 3 timeout -s TERM $(($(left) - 45)) $P $RUN --out "$W/run" --steps "$STEPS" \
-    --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2))
+  step train $(($(left) - 100)) 3 timeout -s TERM $(($(left) - 115)) $P ${RUN/"$W/vae"/"$W/v64"} --out "$W/run" \
+    --steps "$STEPS" --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2))
+  step train_prior $(($(left) - 30)) 1 timeout -s TERM $(($(left) - 40)) $P train_ar.py --preset "$PRESET" \
+    --device "$DEVICE" --tokenizer "$W/run" --out "$W/run-prior" --steps 3000 --eval_every 3000 \
+    ${QUICK:+--steps 20 --views 1}
   cp "$(find "$W/run" -name "step*.png" | sort | tail -n 1)" "$OUT/picture.png"
-  step weights 30 0 $P -c "import torch; from model import FlexTok
-trained = FlexTok.from_pretrained('$W/run')
-trained.save_pretrained('$OUT', torch.float16, **trained.notes)"
-  [ -f "$OUT/model.safetensors" ] && split -b 15M "$OUT/model.safetensors" "$OUT/weights."
-  rm -f "$OUT/model.safetensors"
+  step weights 30 0 $P -c "import torch; from ar import GPT; from model import FlexTok
+for Model, name in ((FlexTok, 'run'), (GPT, 'run-prior')):
+    trained = Model.from_pretrained('$W/' + name)
+    trained.save_pretrained('$OUT/' + name, torch.float16, **trained.notes)"
+  for name in run run-prior; do
+    split -b 15M "$OUT/$name/model.safetensors" "$OUT/$name.weights." && rm "$OUT/$name/model.safetensors"
+  done
 fi
 [ -f "$FAILED" ] && say "FAILED: $(tr '\n' ' ' < "$FAILED")" || say "all is well"
 tar -C "$W" -czf "$OUT/logs.tar.gz" $(cd "$W" && ls ./*.log)
