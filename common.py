@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -621,6 +622,8 @@ def check_run(config, run):
     check_range(config, 1e-9, math.inf, "grad_clip")
     check_range(config, 0, 2**31 - 1, "seed")
     autocast(run.device, config.precision)
+    if config.compile and not any(map(shutil.which, ("g++", "clang++", "cl", os.environ.get("CXX", "")))):
+        raise UserError("--compile: torch needs a C++ compiler for it, such as g++, and there is none")
     micro = max(1, getattr(config, "micro_batch", 1))
     if config.batch_size % (run.world * micro):
         raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = "

@@ -2939,6 +2939,10 @@ def test_compiled_training_is_that_of_eager_in_four_graphs_at_most_and_resumes(t
     torch._dynamo.reset()
     counter, compile, counts = CompileCounterWithBackend("aot_eager"), torch.compile, []
     settings = dict(steps=20, precision="fp32")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile: torch needs a C.. compiler"):
+        trainer(tmp_path / "none", compile=True)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
     rate = learning_rate
     for module in (vae_module, train_tokenizer, train_ar):  # which call it once a step
