@@ -41,15 +41,15 @@ A="$P train_ar.py --preset emoji64-cpu $ALL --tokenizer assets/emoji64 --views 1
 A+=" --out $W/prior"
 V="$P vae.py --preset emoji64 $ALL --gan_weight 0.5 --gan_start 4 --out $W/v"
 S="--n 2 --device $DEVICE --timesteps 4 --out $W"
-COMPILE=$($P train_tokenizer.py --help | grep -o -- "--compile[a-z_]*" | head -n 1)
+FP16=${QUICK:+fp32} FP16=${FP16:-fp16}  # which a CPU has too, but slowly
 tokenizers() {
   step tokenizer 120 1 $P $T --out "$W/t1" --workers 2 --stop_at 6 &&
     step tokenizer_resumed 120 1 $P $T --out "$W/t1" --resume --checkpoint_blocks --micro_batch 8
-  [ "$QUICK" ] || [ -z "$COMPILE" ] || step tokenizer_compiled 180 1 $P $T --out "$W/t2" "$COMPILE"
+  [ "$QUICK" ] || step tokenizer_compiled 180 1 $P $T --out "$W/t2" --compile
   step torchrun 120 1 $P -m torch.distributed.run --standalone --nproc_per_node "$GPUS" $T --out "$W/t3"
 }
 others() {
-  step vae 120 1 $V && step vae_resumed 90 1 $V --resume
+  step vae 120 1 $V && step vae_resumed 90 1 $V --resume --precision "$FP16"
   step prior 240 1 $A --workers 2 --stop_at 6 && step prior_resumed 120 1 $A --resume --micro_batch 16
   step generate 90 1 $P sample.py generate --text "red heart" $S/generate.png
   step reconstruct 90 6 $P sample.py reconstruct $S/reconstruct.png
