@@ -94,7 +94,7 @@ class TrainConfig:
     eval_every: int = 5000           # steps; also saves
     eval_images: int = 64            # held-out images that are reconstructed
     eval_timesteps: int = 25         # sampler steps
-    eval_guidance: float = 1.0       # 1.0: none, which is best for PSNR
+    eval_guidance: float = 1.0       # 1.0: none; also what sample.py then uses unless told otherwise
     resume: bool = False             # continue the run in --out
     stop_at: int = 0                 # save and end before this step, as if interrupted; 0: never
 
@@ -110,7 +110,7 @@ PRESETS = {
     "cpu": dict(          # 2 CPU cores, about 10 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.4,
-        steps=4000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000),
+        steps=4000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000, eval_guidance=2.5),
     "emoji64-cpu": dict(  # 2 CPU cores, hours (not run): emoji at 64 px in four styles, 64 tokens of 10 bits
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=6,
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.2,
