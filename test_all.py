@@ -941,7 +941,7 @@ def test_vae_training_learns_saves_what_from_pretrained_opens_and_scales_latents
                                  gan_weight=0.0, lr=5e-3)
     metrics = vae_module.main(config)
     first, *_, last = [line for line in records(tmp_path / "run") if "l1" in line]
-    assert metrics["held_out_psnr"] > first["psnr"] + 4 and last["l1"] < 0.6 * first["l1"]
+    assert metrics["held_out_psnr"] > first["psnr"] + 4 and last["l1"] < 0.7 * first["l1"]
     vae = VAE.from_pretrained(tmp_path / "run")
     with torch.no_grad():
         latents = vae.latents(spread(open_data("shapes", 16, "train"), 256))
@@ -5096,7 +5096,7 @@ def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, t
     stored = FlexTok.from_pretrained(tiny_tokenizer).tokenize(to_tensor(fit(read_image("<b>&.png"), 16))[None])[0]
     assert [int(text) for text in page.texts if text.isdigit()] == stored[0].tolist()
     sample.main(["reconstruct", *small, "--html", "page.html", "--n", "2", "--ks", "4", "1"])
-    page, emoji = Page("page.html"), Emoji(16, "held_out")
+    page, emoji = Page("page.html"), Emoji(16, "held_out", styles=("noto",))
     assert [img.get("data-k") for img in page.all("img")] == [None, "1", "4"] * 2
     assert emoji.caption(0) in page.texts and emoji.caption(len(emoji) // 2) in page.texts
     prior = a_small_prior(tmp_path / "prior", FlexTok.from_pretrained(tiny_tokenizer))
