@@ -622,7 +622,8 @@ def check_run(config, run):
     check_range(config, 1e-9, math.inf, "grad_clip")
     check_range(config, 0, 2**31 - 1, "seed")
     autocast(run.device, config.precision)
-    if config.compile and not any(map(shutil.which, ("g++", "clang++", "cl", os.environ.get("CXX", "")))):
+    compilers = ("g++", "clang++", "cl", os.environ.get("CXX", ""))
+    if getattr(config, "compile", False) and not any(map(shutil.which, compilers)):
         raise UserError("--compile: torch needs a C++ compiler for it, such as g++, and there is none")
     micro = max(1, getattr(config, "micro_batch", 1))
     if config.batch_size % (run.world * micro):
