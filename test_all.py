@@ -3366,13 +3366,27 @@ CLIPS = video.VideoConfig(latent_channels=4, grid=(2, 3), patch_size=2, enc_widt
                           dec_width=64, dec_depth=3, dec_head_dim=32, registers=8, enc_positions=9, dec_positions=7,
                           code_positions=10, patch_position_std=0.5, position_std=0.5, head_std=0.5)
 TINY_VIDTOK = vidtok.VidTokConfig(channels=4, channel_mult=(1, 2, 2, 2), layers_per_block=1, latent_channels=4)
-PIXELS = vidtok.ComponentsConfig()  # all of them: the pixels themselves
+
+
+class Pixels(torch.nn.Module):
+    """A VAE that changes nothing: the pixels of four frames as 12 channels. What went in comes out, to the last bit."""
+    config, latent_channels, downsampling = None, 12, 1
+
+    def latents(self, video, sample_posterior=False):
+        vidtok.check_clip(video, 1)
+        groups = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2).unflatten(2, (-1, 4))
+        return groups.transpose(2, 3).flatten(1, 2)                               # (B, 12, T, H, W)
+
+    def decode(self, latents):
+        return latents.unflatten(1, (3, 4)).transpose(2, 3).flatten(2, 3)[:, :, 3:]  # (B, 3, F, H, W)
+
+
 
 
 def a_video_tokenizer(config=CLIPS, vae=TINY_VIDTOK, seed=0):
     """A small one whose zero-initialised layers are filled, so that every path of it matters."""
     torch.manual_seed(seed)
-    tokenizer = video.VideoFlexTok(config, vidtok.make_vae(vae))
+    tokenizer = video.VideoFlexTok(config, vidtok.make_vae(vae) if vae else Pixels())
     with torch.no_grad():
         for name, p in tokenizer.named_parameters():
             if "adaln" in name or name.startswith("decoder.head") or "temporal" in name and "conv2" in name:
@@ -3508,9 +3522,9 @@ def test_a_video_of_one_frame_is_an_image_with_the_same_weights():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("vae", [TINY_VIDTOK, PIXELS])
+@pytest.mark.parametrize("vae", [TINY_VIDTOK, None])
 def test_a_frame_changes_its_own_row_of_tokens_and_later_ones_only(vae):
-    config = dataclasses.replace(CLIPS, latent_channels=vae.latent_channels, levels=(64,) * 6)
+    config = dataclasses.replace(CLIPS, latent_channels=4 if vae else 12, levels=(64,) * 6)
     tokenizer = a_video_tokenizer(config, vae)
     clip = torch.rand(1, 3, 17, 32, 48) * 2 - 1 if vae is TINY_VIDTOK else torch.rand(1, 3, 17, 4, 6) * 2 - 1
     before = tokenizer.tokenize(clip)[0]
@@ -3539,7 +3553,7 @@ def test_windows_cover_every_frame_and_share_one():
 @pytest.mark.parametrize("overlap", [0, 1, 5])
 def test_windows_of_a_long_clip_have_the_right_rows_and_decode_to_the_right_frames(overlap):
     stride = 17 - overlap
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, stride=stride, latent_channels=12), PIXELS)
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, stride=stride, latent_channels=12), None)
     clip = torch.rand(2, 3, 17 + 2 * stride, 4, 6) * 2 - 1
     tokens = tokenizer.tokenize(clip)
     rows = 5 + 2 * (5 - (overlap + 3) // 4)
@@ -3560,7 +3574,7 @@ def test_windows_of_a_long_clip_have_the_right_rows_and_decode_to_the_right_fram
 
 @torch.no_grad()
 def test_frames_that_are_given_come_back_and_their_tokens_do_not_matter():
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), PIXELS)
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
     clip = torch.rand(2, 3, 33, 4, 6) * 2 - 1
     tokens = [x[..., :3] for x in tokenizer.tokenize(clip)]
     noise = [torch.randn(2, 12, 5, 4, 6) for _ in range(2)]
@@ -3589,7 +3603,7 @@ def test_frames_that_are_given_come_back_and_their_tokens_do_not_matter():
 
 @torch.no_grad()
 def test_clips_of_different_k_are_padded_and_masked_also_beyond_a_window():
-    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), PIXELS)
+    tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), None)
     tokens = tokenizer.tokenize(torch.rand(2, 3, 33, 4, 6) * 2 - 1)
     noise = [torch.randn(2, 12, 5, 4, 6) for _ in range(2)]
     both = tokenizer.detokenize([tokens[0][0, :, :2], tokens[1]], 2, 3.0, noise=noise)
@@ -3611,13 +3625,13 @@ def test_clips_of_different_k_are_padded_and_masked_also_beyond_a_window():
 
 def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_path):
     changes = dict(dec_mask="time_block_causal", patch_size=1, grid=(4, 6), stride=17, max_timestep=1000.0)
-    pixels = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=12), PIXELS)
-    pixels.save_pretrained(str(tmp_path / "pixels"), note="1")
-    again = video.VideoFlexTok.from_pretrained(str(tmp_path / "pixels"))
-    assert again.config == pixels.config and again.notes == {"note": "1"} and not again.training
-    assert same_tensors(again.state_dict(), pixels.state_dict())
+    frames = a_video_tokenizer(dataclasses.replace(CLIPS, latent_channels=16), SMALL_VAE)
+    frames.save_pretrained(str(tmp_path / "frames"), note="1")
+    again = video.VideoFlexTok.from_pretrained(str(tmp_path / "frames"))
+    assert again.config == frames.config and again.notes == {"note": "1"} and not again.training
+    assert again.vae.config == SMALL_VAE and same_tensors(again.state_dict(), frames.state_dict())
     with pytest.raises(UserError, match="without VidTok"):
-        export_official(pixels, str(tmp_path / "no"))
+        export_official(frames, str(tmp_path / "no"))
     tokenizer = a_video_tokenizer(dataclasses.replace(CLIPS, scale_codes=True), TINY_VIDTOK)
     with pytest.raises(UserError, match="scale_codes"):
         export_official(tokenizer, str(tmp_path / "no"))
@@ -3637,20 +3651,18 @@ def test_saved_and_official_forms_of_a_video_tokenizer_give_the_same_model(tmp_p
         video.VideoFlexTok.from_pretrained(str(tmp_path / "ours"))
 
 
-def test_components_are_an_orthogonal_change_of_basis_that_leaves_out_what_varies_least():
-    clips_of = spread(MovingShapes(16), 20)                                       # (20, 3, 17, 16, 16)
-    errors = []
-    for C in (192, 48, 12, 3):
-        vae = vidtok.make_vae(vidtok.ComponentsConfig(C, 4))
-        vae.fit(clips_of)
-        latents = vae.latents(clips_of)
-        assert latents.shape == (20, C, 5, 4, 4) and 0.9 < latents.std() < 1.1
-        errors.append((vae.decode(latents) - clips_of).square().mean().item())
-        assert (vae.basis @ vae.basis.T - torch.eye(C)).abs().max() < 1e-5
-        assert torch.equal(vae.latents(clips_of[:, :, :1]), latents[:, :, :1])
-    assert errors[0] < 1e-10 and errors == sorted(errors) and errors[-1] < 0.1
-    with pytest.raises(ValueError, match="latent_channels 13: 4 frames of 1² pixels have 12"):
-        vidtok.make_vae(vidtok.ComponentsConfig(13, 1))
+@torch.no_grad()
+def test_a_vae_for_frames_makes_of_four_frames_the_channels_of_one_latent_frame():
+    vae = vidtok.make_vae(SMALL_VAE).eval()
+    clip = torch.rand(2, 3, 9, 8, 12) * 2 - 1
+    latents = vae.latents(clip)
+    assert latents.shape == (2, 16, 3, 4, 6) and vae.downsampling == 2 and vae.latent_channels == 16
+    for frame in range(9):
+        row, place = (frame + 3) // 4, (frame + 3) % 4
+        alone = vae.frame_vae.latents(clip[:, :, frame])
+        assert (latents[:, 4 * place:4 * place + 4, row] - alone).abs().max() < 1e-5
+        assert (vae.decode(latents)[:, :, frame] - vae.frame_vae.decode(alone)).abs().max() < 1e-5
+    assert (vae.latents(clip[:, :, :1]) - latents[:, :, :1]).abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -3801,10 +3813,14 @@ def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(gold
 # train_video and sample.py for clips: catches an encoder that goes on learning in stage 2, given frames that count in
 # the loss, a resume that is another run, a command that loses frames or reads another file's tokens.
 
-TINY_RUN = dict(image_size=8, components=8, downsampling=4, patch_size=1, enc_depth=1, dec_depth=2, enc_width=32,
+TINY_RUN = dict(image_size=8, vae_preset="tiny", patch_size=1, enc_depth=1, dec_depth=2, enc_width=32,
                 dec_width=32, head_dim=32, registers=4, frames=9, steps=8, batch_size=4, warmup=2, lr=1e-3,
                 log_every=4, eval_every=8, eval_clips=2, eval_timesteps=2, stage_2=0.5, first_frame_p=1.0,
                 ema_decay=0.5, head_std=0.5, device="cpu")
+
+
+vae_module.PRESETS["tiny"] = dict(  # for these tests: 3 steps are enough of a VAE
+    data="shapes", latent_channels=2, block_out_channels=(8, 8, 8), batch_size=4, steps=3, warmup=1)
 
 
 def train_tiny_clips(out, **changes):
@@ -3857,7 +3873,7 @@ def test_a_run_of_clips_resumes_as_if_it_had_not_stopped_and_stage_2_leaves_toke
 
 @pytest.mark.parametrize("changes, words", [
     ({"data": "emoji"}, "--data emoji: expected moving"), ({"frames": 16}, "frames 16: expected 1 [+] 4n"),
-    ({"image_size": 9}, "multiple of 4"), ({"components": 500}, "latent_channels 500"),
+    ({"image_size": 9}, "multiple of 4"), ({"vae_preset": "none"}, "--vae_preset none"), ({"vae": "none"}, "none"),
     ({"nested_dropout": "half"}, "half"), ({"precision": "half"}, "--precision half"),
     ({"head_dim": 24}, "head_dim 24"), ({"stage_2": 2.0}, "--stage_2 2.0")])
 def test_settings_of_a_run_of_clips_that_cannot_work_are_refused_before_anything_is_written(tmp_path, changes, words):

@@ -23,16 +23,18 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 import flow
+import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_log, seed_step)
+                    init_distributed, learning_rate, provenance, read_json, read_log, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
 from images import psnr, save_curves, to_float
 from model import powers_of_two, sample_k
 from train_tokenizer import SHORT, by_t, draw_noise, sample_t
-from video import VideoConfig, VideoFlexTok, given_rows, rows_of, unloaded_video
-from vidtok import ComponentsConfig, make_vae
+from vae import VAE
+from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
+from vidtok import FrameVAE, make_vae
 
 
 @dataclass
@@ -42,9 +44,8 @@ class VideoTrainConfig:
     data: str = "moving"             # moving: drawn clips of moving shapes
     image_size: int = 32             # side of a frame in pixels
     frames: int = 17                 # of a window, 1 + 4n
-    vae: str = ""                    # a video tokenizer's directory, whose VAE is taken; empty: principal components
-    components: int = 16             # how many, if --vae is empty
-    downsampling: int = 4            # and of groups of four frames of so many pixels a side
+    vae: str = ""                    # directory of an image VAE, or of a video tokenizer for its VAE; empty: train one
+    vae_preset: str = "shapes32"     # which preset of vae.py to train, on drawn images, if --vae is empty
     out: str = "out/video"           # the run's directory
     workers: int = 0                 # processes that draw clips
     # model
@@ -95,8 +96,8 @@ class VideoTrainConfig:
 
 
 PRESETS = {
-    "video-cpu": dict(    # 2 CPU cores, under 15 minutes: drawn clips of 17 frames at 32 px
-        SHORT, out="out/video-cpu", components=24, enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=8,
+    "video-cpu": dict(    # 2 CPU cores, 15 minutes with its VAE by arithmetic (not run): drawn clips at 32 px
+        SHORT, out="out/video-cpu", enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=8,
         scale_codes=True, patch_position_std=0.5, autoencoder_share=0.4, nested_dropout="uniform_pow2",
         steps=2000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1000),
 }
@@ -147,13 +148,27 @@ def enter_stage(tokenizer, second):
 # The pieces of a run
 
 
-def build_vae(config, dataset):
-    """The frozen VAE: that of --vae, or components fitted to 256 clips of the data set."""
-    if config.vae:
-        return VideoFlexTok.from_pretrained(config.vae).vae
-    vae = make_vae(ComponentsConfig(config.components, config.downsampling))
-    vae.fit(spread(dataset, 256))
-    return vae
+def train_vae(config, run):
+    """Train a VAE for single frames into <out>/vae, or the rest of it; its directory, or "" if it was stopped."""
+    out = os.path.join(config.out, "vae")
+    settings = stage0.VAETrainConfig(**{
+        **stage0.PRESETS[config.vae_preset], "image_size": config.image_size, "out": out, "seed": config.seed,
+        "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision})
+    path = os.path.join(out, "config.json")
+    saved = read_json(path) if os.path.exists(path) else {}
+    if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
+        return out
+    if stage0.main(settings, "VAE:"):
+        return out
+    print("stopped while the VAE was training; give the same command again to go on", flush=True)
+    return ""
+
+
+def open_vae(directory):
+    """The frozen VAE of clips in a directory: a video tokenizer's, or an image VAE for every frame."""
+    if is_video(directory):
+        return VideoFlexTok.from_pretrained(directory).vae
+    return FrameVAE(VAE.from_pretrained(directory))
 
 
 def build_tokenizer(config, vae):
@@ -223,9 +238,13 @@ def train(config, run, checkpoints):
                          for split in ("train", "held_out"))
     eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
 
+    vae_directory = config.vae or train_vae(config, run)
+    if not vae_directory:
+        return {}
+    vae = open_vae(vae_directory)
+
     # ---- model ------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
-    vae = build_vae(config, dataset)
     raw = build_tokenizer(config, vae).to(run.device).train()
     vae.eval()
     ema = Average(raw, config.ema_decay)
@@ -246,7 +265,7 @@ def train(config, run, checkpoints):
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
     start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log, means, stop = Log(config.out, run, start, "", config.steps), Means(6, run), StopRequest()
+    log, means, stop = Log(config.out, run, start, "tokenizer:", config.steps), Means(6, run), StopRequest()
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
             f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
@@ -312,8 +331,11 @@ def check(config, run):
     if run.world > 1:
         raise UserError(f"{run.world} processes: train_video.py runs in one")
     open_clips(config.data, config.image_size)
-    check_range(config, 1, math.inf, "image_size", "frames", "components", "downsampling", "patch_size", "enc_depth",
-                "dec_depth", "head_dim", "registers", "eval_clips", "eval_timesteps")
+    check_range(config, 1, math.inf, "image_size", "frames", "patch_size", "enc_depth", "dec_depth", "head_dim",
+                "registers", "eval_clips", "eval_timesteps")
+    if not config.vae and config.vae_preset not in stage0.PRESETS:
+        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
+    sizes = stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))
     check_range(config, 0, math.inf, "enc_width", "dec_width", "patch_position_std", "position_std", "code_std",
                 "head_std", "weight_decay", "eval_guidance")
     check_range(config, 0, 1, "stage_2", "first_frame_p", "drop_quant_p", "corrupt_tokens_p", "null_p",
@@ -322,7 +344,10 @@ def check(config, run):
     try:
         sample_k(1, config.registers, config.nested_dropout)
         with torch.device("meta"):
-            build_tokenizer(config, make_vae(ComponentsConfig(config.components, config.downsampling)))
+            vae = make_vae(sizes)
+        vae = open_vae(config.vae) if config.vae else vae
+        with torch.device("meta"):
+            build_tokenizer(config, vae)
     except ValueError as error:
         raise UserError(f"these settings do not make a model: {error}") from None
 

@@ -34,7 +34,8 @@ from common import UserError, checked, load_tensors, load_weights, read_json, sa
 from images import check_images
 from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, in_groups, init_linear, make_quantizer, norm,
                    patchify, powers_of_two, token_parameter, unpatchify)
-from vidtok import ComponentsConfig, VidTok, VidTokConfig, check_clip, make_vae
+from vae import VAEConfig
+from vidtok import VidTok, VidTokConfig, check_clip, make_vae
 
 
 @dataclass
@@ -483,7 +484,7 @@ class VideoFlexTok(nn.Module):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
         tensors, origin = self.state_dict(), {"official": self.official} if self.official else {}
         save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype)
-        vae = "vidtok" if isinstance(self.vae, VidTok) else "components"
+        vae = "vidtok" if isinstance(self.vae, VidTok) else "frame_vae"
         write_json(os.path.join(directory, "config.json"), {  # last: it says that the model is whole
             "format": "minFlexTok video", "tokenizer": asdict(self.config), vae: asdict(self.vae.config), **origin,
             **notes})
@@ -500,8 +501,8 @@ class VideoFlexTok(nn.Module):
         if not isinstance(saved, dict) or saved.get("format") != "minFlexTok video":
             from extras.pretrained import read_videoflextok
             return read_videoflextok(name, device, dtype)
-        kind, VAEConfig = ("components", ComponentsConfig) if "components" in saved else ("vidtok", VidTokConfig)
-        vae_config = checked_sizes(VAEConfig, saved.get(kind), f"{path}: {kind}")
+        kind, Sizes = ("frame_vae", VAEConfig) if "frame_vae" in saved else ("vidtok", VidTokConfig)
+        vae_config = checked_sizes(Sizes, saved.get(kind), f"{path}: {kind}")
         config = checked_sizes(VideoConfig, saved.get("tokenizer"), f"{path}: tokenizer")
         model = unloaded_video(config, vae_config, path)
         Sampling = make_dataclass("Sampling", [("guidance_scale", float, 0.0)])

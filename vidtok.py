@@ -6,7 +6,7 @@ VidTok, the VAE of clips: 1 + 4n frames become 1 + n latent frames, 8 times smal
     video (B, 3, F, H, W) <--without the first three frames-- Decoder <---------------------------------+
 
 Paper: VidTok, arXiv 2412.13061, of which released VideoFlexTok use vidtok_kl_causal_488_16chn, frozen. Module names are
-those of its checkpoints. Differences: it is not trained here; for small clips there is `Components`, which is fitted.
+those of its checkpoints. Differences: it is not trained here; for small clips there is `FrameVAE`.
 Letters: B batch, C latent channels, c feature channels, F frames, H W pixels, T h w latents, f = H / h.
 
     python vidtok.py        # prints shapes and size                                                 Next: video.py
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae import Posterior
+from vae import VAE, Posterior
 
 
 @dataclass
@@ -288,76 +288,36 @@ class VidTok(nn.Module):
         return self.decoder(latents)[:, :, 3:]                                    # (B, 3, F, H, W)
 
 
-@dataclass
-class ComponentsConfig:
-    """Shape of `Components`."""
-    latent_channels: int = 12         # components that are kept, at most 12·f²
-    downsampling: int = 1             # f
+class FrameVAE(nn.Module):
+    """In place of VidTok, for small clips: an image VAE for every frame, and the latents of four frames side by side.
 
-
-class Components(nn.Module):
-    """In place of VidTok, for small clips: the principal components of 4 frames of f x f pixels. Fitted in seconds.
-
-    The same shapes and the same causality, the first frame repeated too, but linear: latents are a change of basis that
-    leaves out what varies least. New, with all 12 of f = 1, it is the pixels themselves.
+    The same shapes and the same causality, the first frame repeated too, but nothing is saved for what does not move:
+    C is four times that of the images. Its VAE is trained in minutes (vae.py).
     """
 
-    def __init__(self, config):
+    def __init__(self, vae):
         super().__init__()
-        C, n = config.latent_channels, 12 * config.downsampling**2
-        if C > n:
-            raise ValueError(f"latent_channels {C}: 4 frames of {config.downsampling}² pixels have {n} components")
-        self.config = config
-        self.register_buffer("basis", torch.eye(n)[:C].clone())                   # (C, 12·f²), rows at right angles
-        self.register_buffer("mean", torch.zeros(n))                              # (12·f²,)
-        self.register_buffer("scale", torch.ones(C))                              # one unit of each, see `fit`
-
-    @property
-    def latent_channels(self):
-        return self.config.latent_channels
-
-    @property
-    def downsampling(self):
-        """f, side of a frame / side of its latents."""
-        return self.config.downsampling
-
-    def groups(self, video):
-        """video (B, 3, F, H, W) -> (B, T, h, w, 12·f²): the numbers that become the latents of a place."""
-        check_clip(video, self.downsampling)
-        f = self.downsampling
-        x = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)      # (B, 3, 4·T, H, W)
-        x = x.unflatten(4, (-1, f)).unflatten(3, (-1, f)).unflatten(2, (-1, 4))   # (B, 3, T, 4, h, f, w, f)
-        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)                       # (B, T, h, w, 12·f²)
-
-    def fit(self, video):
-        """Find basis, mean and scale for clips (B, 3, F, H, W); deterministic but for the signs of the components."""
-        x = self.groups(video).flatten(0, 3).double()                             # (n, 12·f²)
-        mean = x.mean(0)
-        _, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))  # the largest come last
-        basis = vectors.T.flip(0)[:self.latent_channels]                          # (C, 12·f²)
-        self.basis.copy_(basis)
-        self.mean.copy_(mean)
-        # Between all in one unit, where the brightness outweighs all details by far, and each in its own, where what
-        # hardly varies counts as much: divided by the root of the std, and by what makes the std of all together 1.
-        std = ((x - mean) @ basis.T).std(0)                                       # (C,)
-        self.scale.copy_((std * std.mean()).sqrt().clamp(min=1e-6))
+        self.frame_vae = vae
+        self.config, self.latent_channels = vae.config, 4 * vae.config.latent_channels
+        self.downsampling = vae.downsampling
 
     def latents(self, video, sample_posterior=False):
-        """video (B, 3, F, H, W) -> (B, C, T, h, w)."""
-        x = (self.groups(video) - self.mean) @ self.basis.T / self.scale          # (B, T, h, w, C)
-        return x.permute(0, 4, 1, 2, 3)                                           # (B, C, T, h, w)
+        """video (B, 3, F, H, W) -> latents (B, C, T, h, w), scaled as those of images."""
+        check_clip(video, self.downsampling)
+        frames = video.transpose(1, 2).flatten(0, 1)                              # (B·F, 3, H, W)
+        x = self.frame_vae.latents(frames, sample_posterior).unflatten(0, (len(video), -1))  # (B, F, C/4, h, w)
+        x = torch.cat([x[:, :1].expand(-1, 3, -1, -1, -1), x], 1)                 # (B, 4·T, C/4, h, w)
+        return x.unflatten(1, (-1, 4)).flatten(2, 3).transpose(1, 2)              # (B, C, T, h, w)
 
     def decode(self, latents):
         """latents (B, C, T, h, w) -> video (B, 3, 1 + 4·(T - 1), H, W)."""
-        x, f = latents.permute(0, 2, 3, 4, 1), self.downsampling                  # (B, T, h, w, C)
-        x = (x * self.scale @ self.basis + self.mean).unflatten(4, (3, 4, f, f))  # (B, T, h, w, 3, 4, f, f)
-        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)         # (B, 3, T, 4, H, W)
-        return x.flatten(2, 3)[:, :, 3:]                                          # (B, 3, F, H, W)
+        x = latents.transpose(1, 2).unflatten(2, (4, -1)).flatten(1, 2)[:, 3:]    # (B, F, C/4, h, w)
+        return self.frame_vae.decode(x.flatten(0, 1)).unflatten(0, x.shape[:2]).transpose(1, 2)  # (B, 3, F, H, W)
 
 
 def make_vae(config):
-    """The VAE of a `VidTokConfig` or a `ComponentsConfig`."""
-    return VidTok(config) if isinstance(config, VidTokConfig) else Components(config)
+    """The VAE of a `VidTokConfig`, or of an image VAE's `VAEConfig`."""
+    return VidTok(config) if isinstance(config, VidTokConfig) else FrameVAE(VAE(config))
 
 
 def check_clip(video, f):
