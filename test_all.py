@@ -4183,6 +4183,9 @@ def test_a_model_made_here_computes_the_same_after_export_and_import(tmp_path, g
     assert "format" not in pretrained.read_metadata(tmp_path / "model.safetensors")
     (tmp_path / "vae/config.json").unlink()
     assert "hf_hub_path" in refusal(tmp_path)
+    tokenizer.config = dataclasses.replace(tokenizer.config, scale_codes=True)
+    with pytest.raises(UserError, match="scales what FSQ reads"):
+        export_official(tokenizer, str(tmp_path / "fork"))
     tokenizer.quantizer = torch.nn.Identity()
     with pytest.raises(UserError, match="quantiser is Identity has no official form"):
         export_official(tokenizer, str(tmp_path / "fork"))

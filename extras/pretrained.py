@@ -557,6 +557,8 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
         return export_official_video(model, directory, dtype)
     if not isinstance(model.quantizer, FSQ):
         raise UserError(f"a tokenizer whose quantiser is {type(model.quantizer).__name__} has no official form")
+    if model.config.scale_codes:
+        raise UserError("a tokenizer that scales what FSQ reads (--scale_codes) has no official form")
     head = getattr(model, "repa_head", None)
     repa = head and (head["out_proj"].out_features, 1 + len(head["mlp"]) // 2)
     config = official_config(model.config, model.vae.config, repa)
