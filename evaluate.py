@@ -167,11 +167,11 @@ def factors(dataset, rows):
                  "colour": [list(COLOURS).index(x.shape.colour) for x in scenes],
                  "background": [list(BACKGROUNDS).index(x.background) for x in scenes],
                  "place": [PLACES.index(x.place) for x in scenes]}
-    elif isinstance(dataset, Emoji):
-        found = {"thing": [dataset.members[i][1] for i in rows], "style": [dataset.style(i) for i in rows]}
     else:
-        found = {}
-    return {name: torch.tensor(x) for name, x in {**found, "class": [dataset.label(i) for i in rows]}.items()}
+        found = {"class": [dataset.label(i) for i in rows]}
+    if isinstance(dataset, Emoji):
+        found |= {"thing": [dataset.members[i][1] for i in rows], "style": [dataset.style(i) for i in rows]}
+    return {name: torch.tensor(x) for name, x in found.items()}
 
 
 class Judge:
@@ -197,10 +197,11 @@ class Judge:
     def _learn(self, dataset, steps, rng):
         heads = nn.ModuleDict({name: nn.Linear(128, 1 + int(x.max())) for name, x in self.answers.items()})
         optimizer = torch.optim.AdamW([*self.net.parameters(), *heads.parameters()], weight_decay=0.05)
+        known = len(next(iter(self.answers.values())))
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, 2e-3, 20, steps)
-            rows = rng.integers(len(self.answers["class"]), size=64)
+            rows = rng.integers(known, size=64)
             images = to_float(torch.stack([dataset.get(int(i), rng) for i in rows]))  # (64, 3, S, S)
             images = images + 0.05 * torch.randn_like(images)  # so that it does not hang on single levels
             features = 8 * F.normalize(self.net(images))                          # (64, 128)
