@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import UserError, replacing, shown
-from images import _to_rgb, draw_grid, fit, opened, read_image, to_float, to_image
+from images import _to_rgb, draw_grid, fit, opened, read_image, seek, to_float, to_image
 
 FPS = 8                        # frames a second, of everything that is learned and written
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
@@ -49,7 +49,7 @@ def folder_frames(path):
     names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES) and not name.startswith(".")]
     if not names:
         raise UserError(f"{path}: no images in this folder; expected the frames of a clip, such as 0001.png")
-    for name in sorted(names, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]):
+    for name in sorted(names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)]):
         yield read_image(os.path.join(path, name)), 1 / FPS
 
 
@@ -58,7 +58,8 @@ def animation_frames(path):
     with opened(path) as image:
         for number in range(getattr(image, "n_frames", 1)):
             try:
-                image.seek(number)
+                if number:
+                    seek(image, number)
                 image.load()
             except EOFError:
                 raise UserError(f"{path}: damaged, frame {number + 1} of {image.n_frames} cannot be read") from None

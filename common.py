@@ -707,18 +707,20 @@ class Checkpoints:
             return 0, {}
         try:
             for name, part in parts.items():
-                like = part.state_dict()
+                like, saved = part.state_dict(), self.saved.get(name, {})
                 if isinstance(part, torch.optim.Optimizer):
+                    saved = {"state": saved["state"], "param_groups": like["param_groups"]}  # these follow from --flags
                     like = {"state": dict(enumerate(p for group in part.param_groups for p in group["params"]))}
-                    for i, moments in self.saved[name]["state"].items():
-                        if any(x.dim() and x.shape != like["state"][i].shape for x in moments.values()):
-                            raise ValueError(f"moments of parameter {i} are of another shape")
-                part.load_state_dict(split_like(self.saved.get(name, {}), like))
+                    names = next(iter(saved["state"].values()), {}).keys()
+                    for i, moments in saved["state"].items():
+                        shapes = {key: () if key == "step" else like["state"][i].shape for key in names}
+                        if shapes != {key: x.shape for key, x in moments.items()}:
+                            raise ValueError(f"moments of parameter {i} are missing or of another shape")
+                part.load_state_dict(split_like(saved, like))
+            if self.run.is_main and read_saved(self.config.out).get("step") != self.saved["step"]:
+                export(self.saved)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: does not fit this run ({shown(str(error))})") from None
-        path = os.path.join(self.config.out, "config.json")
-        if self.run.is_main and (not os.path.exists(path) or read_json(path).get("step") != self.saved["step"]):
-            export(self.saved)
         step, metrics, self.saved = self.saved["step"], self.saved["metrics"], None  # or all of it stays in memory
         return step, metrics
 
@@ -772,6 +774,15 @@ class Checkpoints:
         return f"the checkpoint in {self.config.out} stands" if saved else "no checkpoint was saved yet"
 
 
+def read_saved(directory):
+    """What the config.json of a run says, with its "step" and "metrics"; {} if it is missing or damaged."""
+    try:
+        saved = read_json(os.path.join(directory, "config.json"))
+    except UserError:
+        return {}
+    return saved if isinstance(saved, dict) and isinstance(saved.get("metrics"), dict) else {}
+
+
 def save_resume(path, state):
     """Write what a run needs to go on, atomically (no random states: every step seeds itself). Raises `UserError`."""
     try:
@@ -794,6 +805,8 @@ def load_resume(path):
     for name, kind in types.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise UserError(f"{path}: is no resume file of a run (its {name} is missing or damaged)")
+    if not 0 <= state["step"] <= 2**31:
+        raise UserError(f"{path}: is no resume file of a run (its step is {shown(state['step'])})")
     try:
         json.dumps([state["settings"], state["metrics"]])
     except (TypeError, ValueError):

@@ -69,6 +69,17 @@ def read_image(source):
         return _to_rgb(image)
 
 
+def seek(image, number):
+    """Go to a frame of an animation, which in GIF and TIFF may be larger than the first; ValueError if too large."""
+    Image.MAX_IMAGE_PIXELS = MAX_BYTES // 48  # Pillow allows twice that; a GIF is blown up while one goes to the frame
+    try:
+        image.seek(number)
+    finally:
+        Image.MAX_IMAGE_PIXELS = None
+    if math.prod(image.size) > MAX_BYTES // 24:
+        raise ValueError(f"frame {number + 1} has {image.width} x {image.height} pixels")
+
+
 def _to_rgb(image):
     """A PIL image of any mode -> RGB, in tiles: of a whole large image the steps between would take gigabytes."""
     if image.mode == "RGB" and not image.has_transparency_data:

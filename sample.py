@@ -547,7 +547,7 @@ def read_array(path):
         raise UserError(f"{path}: cannot be read as a .npy file ({shown(str(error))})") from None
     if not isinstance(rows, np.ndarray):
         raise UserError(f"{path}: an archive of several arrays, expected a .npy file of one")
-    if rows.dtype.kind not in "iu" or rows.ndim != 2:
+    if rows.dtype.kind not in "iu" or rows.ndim != 2 or not rows.size:
         raise UserError(f"{path}: {shown(rows.dtype)} of shape {shown(rows.shape)}, expected integers (images, tokens)")
     return rows.tolist()
 

@@ -2016,6 +2016,29 @@ def test_a_tensor_in_the_settings_of_a_resume_file_is_refused(tmp_path, name):
         common.load_resume(str(tmp_path / "resume.pt"))
 
 
+def test_a_resume_file_whose_optimizer_step_or_metrics_are_damaged_is_refused_and_a_damaged_config_is_written_anew(
+        tmp_path, tiny_vae):
+    out = tmp_path / "run"
+    train(out, tiny_vae, stop_at=1)
+    whole = torch.load(out / "resume.pt", weights_only=True)
+
+    def resume(change=lambda state: None):
+        state = copy.deepcopy(whole)
+        change(state)
+        torch.save(state, out / "resume.pt")
+        train(out, tiny_vae, resume=True, stop_at=2)
+    for change in (lambda state: state.update(step=-5), lambda state: state["optimizer"]["state"][0].pop("exp_avg"),
+                   lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.tensor(0.0)),
+                   lambda state: state["optimizer"]["state"].update({0: 5})):
+        with pytest.raises(UserError, match="resume.pt: (does not fit this run|is no resume file)"):
+            resume(change)
+    resume(lambda state: state["optimizer"]["param_groups"][0].update(betas="x"))  # the flags say what they are
+    for text in ("[]", "{", '{"step": 1, "metrics": 3}'):
+        (out / "config.json").write_text(text)
+        resume()
+        assert json.loads((out / "config.json").read_text())["step"] == 2
+
+
 @pytest.mark.parametrize("at", [2, 4])  # 4 is the last step
 @pytest.mark.parametrize("when", ["before", "within"])
 def test_a_run_stopped_at_an_evaluation_makes_up_for_it(tmp_path, tiny_vae, monkeypatch, at, when):
@@ -3323,6 +3346,27 @@ def test_what_is_no_clip_is_refused_in_one_sentence_that_names_the_file(tmp_path
             clips.write_clip(path, torch.zeros(3, 5, 16, 16))
 
 
+def test_a_frame_after_the_first_that_is_too_large_is_refused_before_its_pixels_are_there(tmp_path):
+    gif = io.BytesIO()
+    Image.new("L", (8, 8)).save(gif, "GIF", save_all=True, append_images=[Image.new("L", (8, 8), 9)], disposal=2)
+    gif = bytearray(gif.getvalue())
+    second = gif.rindex(b",\0\0\0\0\x08\0\x08\0") + 5
+    gif[second:second + 4] = b"\xff\xff\xff\xff"
+    (tmp_path / "a.gif").write_bytes(gif)
+    Image.new("1", (8, 8)).save(tmp_path / "a.tiff", compression="group4", save_all=True,
+                                append_images=[Image.new("1", (8000, 8000))])
+    for name, words in (("a.gif", "Image size .4294836225 pixels"), ("a.tiff", "frame 2 has 8000 x 8000 pixels")):
+        with pytest.raises(UserError, match=f"{name}: .*{words}"):
+            clips.read_clip(str(tmp_path / name), 8)
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
+def test_frames_may_have_digits_in_their_names_that_are_no_numbers(tmp_path):
+    for name in ("10.png", "\u00b22.png", "2.png"):  # superscript two
+        numbered_frames(1)[0].save(tmp_path / name)
+    assert clips.read_clip(str(tmp_path), 16).shape[1] == 1
+
+
 def test_a_long_clip_is_read_window_by_window(tmp_path):
     """Ten minutes: 4801 frames. Of them no more than a window's are alive at a time."""
     os.makedirs(tmp_path / "long")
@@ -3800,6 +3844,9 @@ def test_every_official_form_of_a_video_tokenizer_is_read(golden_video, tmp_path
     ("encoder/enc_patch_emb/patch_sizes", [2, 2, 2], "another module has"),
     ("vae/_target_", "videoflextok.compressors.wan.WanVAE", "vae is 'WanVAE', which is not supported"),
     ("decoder", ..., "decoder is None"),
+    ("encoder/enc_patch_emb/patch_sizes", [1, 0, 0], "another module has"),
+    ("vae/vae_latents_read_key", ["vae_latents_reconst"], "lacks the module"),
+    ("regularizer/module_dict", 5, "module_dict 5 is not supported"),
 ])
 def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(golden_video, tmp_path, path, value, words):
     source = golden_video[3]
@@ -3807,6 +3854,36 @@ def test_what_a_video_config_asks_for_and_we_do_not_have_is_refused_by_name(gold
     with pytest.raises(UserError) as caught:
         video.VideoFlexTok.from_pretrained(path)
     assert words in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
+def test_damaged_files_of_a_video_tokenizer_are_refused_in_a_sentence(golden_video, tmp_path):
+    def patches_of_nothing(config, tensors):
+        for part in ("encoder", "decoder"):
+            for module in config["video_flex_tok"][part]["module_dict"].values():
+                module.update({"patch_sizes": [1, 0, 0]} if "patch_sizes" in module else {})
+
+    def set_tensor(ending, x):
+        def change(config, tensors):
+            name, = (name for name in tensors if name.endswith(ending))
+            tensors[name] = x
+        return change
+    odd = torch.zeros(13, 4)
+    changes = [(patches_of_nothing, "patch_sizes [1, 0, 0]"),
+               (lambda config, tensors: config.update(video_flex_tok=[]), "vae is None"),
+               (set_tensor("enc_register_module.registers", torch.tensor(1.0)), "is []; none may be empty"),
+               (set_tensor("encoder.conv_in.conv.weight", torch.zeros(0, 3, 3, 3, 3)), "none may be empty"),
+               (set_tensor("dec_transformer.blocks.0.adaLN_modulation.1.weight", odd), "is [13, 4], expected"),
+               (lambda config, tensors: config.update(vae_video_sizes=[5, 400, 4]), "larger than the tables")]
+    for i, (change, words) in enumerate(changes):
+        with pytest.raises(UserError) as caught:
+            video.VideoFlexTok.from_pretrained(a_video_checkpoint(golden_video[3], tmp_path / str(i), change))
+        assert words in str(caught.value) and len(str(caught.value)) < 300, caught.value
+    a_video_tokenizer().save_pretrained(str(tmp_path / "ours"))
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    config["tokenizer"]["grid"] = [2, 2**30]
+    (tmp_path / "ours/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"patches, with 8 registers a row, are larger than the tables"):
+        video.VideoFlexTok.from_pretrained(str(tmp_path / "ours"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5160,6 +5237,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
         return ["decode", name]
 
     np.save(tmp_path / "float.npy", np.zeros((1, 3)))
+    np.save(tmp_path / "void.npy", np.zeros((2**28, 0), int))  # 128 bytes
     with open(tmp_path / "zip.npy", "wb") as file:
         np.savez(file, np.zeros((1, 3), int))
     with open(tmp_path / "huge.npy", "wb") as file:  # a header that promises 8 TB
@@ -5186,6 +5264,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
             (["decode", "text.txt"], "text.txt: not valid JSON"), (["decode", "float.npy"], "float.npy: .*float64"),
             (["decode", "gone.json"], "gone.json"), (["decode", "zip.npy"], "zip.npy: an archive"),
             (["decode", "huge.npy"], "huge.npy: cannot be read"),
+            (["decode", "void.npy"], r"void.npy: .* of shape \(268435456, 0\), expected integers"),
             (["decode", "other.json"], "other.json: tokens out of 1000, .*64000"),
             (["image.png", "--seed", str(2**70)], "--seed 1180"),
             (["image.png", "--guidance_scale", "nan"], "--guidance_scale nan"),

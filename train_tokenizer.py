@@ -28,7 +28,7 @@ import flow
 import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Run, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_json, read_log, seconds_of, seed_step, shard,
+                    init_distributed, learning_rate, provenance, read_log, read_saved, seconds_of, seed_step, shard,
                     snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
@@ -235,8 +235,7 @@ def train_vae(config, run, n):
         **stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size, "out": out,
         "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision,
         "compile": config.compile, "workers": config.workers, "seed": config.seed})
-    path = os.path.join(out, "config.json")
-    saved = read_json(path) if os.path.exists(path) else {}
+    saved = read_saved(out)
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
         return out
     vae = VAE(stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset])))

@@ -26,7 +26,7 @@ import flow
 import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_json, read_log, seed_step)
+                    init_distributed, learning_rate, provenance, read_log, read_saved, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
 from images import psnr, save_curves, to_float
@@ -154,8 +154,7 @@ def train_vae(config, run):
     settings = stage0.VAETrainConfig(**{
         **stage0.PRESETS[config.vae_preset], "image_size": config.image_size, "out": out, "seed": config.seed,
         "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision})
-    path = os.path.join(out, "config.json")
-    saved = read_json(path) if os.path.exists(path) else {}
+    saved = read_saved(out)
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
         return out
     if stage0.main(settings, "VAE:"):

@@ -572,6 +572,11 @@ def unloaded_video(config, vae_config, where):
     """A VideoFlexTok whose tensors have shapes but no memory, for `load_weights` to fill. UserError for silly sizes."""
     if max(config.enc_depth, config.dec_depth, getattr(vae_config, "layers_per_block", 0)) > 1000:
         raise UserError(f"{where}: more than 1000 layers are not read")
+    T = rows_of(config.frames)
+    if max(T, *config.grid) > min(config.enc_positions, config.dec_positions) \
+            or max(T, config.registers) > config.code_positions:
+        raise UserError(f"{where}: windows of {config.frames} frames of {shown(config.grid)} patches, with "
+                        f"{config.registers} registers a row, are larger than the tables of positions")
     try:
         with torch.device("meta"):
             model = VideoFlexTok(config, make_vae(vae_config))

@@ -643,7 +643,7 @@ def follow_clip_config(config, where):
     check_targets(config, where, r"videoflextok(\.\w+)+")
     around, config = config, config.get("video_flex_tok", config)
     for part in CLIP_PARTS:
-        modules = config.get(part)
+        modules = config.get(part) if isinstance(config, dict) else None
         is_list = part in ("encoder", "decoder")
         if not isinstance(modules, dict) or is_list and not isinstance(modules.get("module_dict"), dict):
             raise UserError(f"{where}: {part} is {shown(modules)}, expected a module{' with a module_dict' * is_list}")
@@ -652,7 +652,7 @@ def follow_clip_config(config, where):
         holds, names, sizes = {}, {}, {}
         try:
             for part, rows in CLIP_PARTS.items():
-                modules = config[part].get("module_dict", {part: config[part]})
+                modules = config[part]["module_dict"] if len(rows) > 1 else {part: config[part]}
                 if part == "decoder":
                     modules = living(modules, held_key(config["vae"]))
                     modules = {name: reversed_lists(module) if registers_first else module
@@ -669,7 +669,7 @@ def follow_clip_config(config, where):
     for size in ("enc_positions", "dec_positions", "code_positions"):
         sizes.pop(size)  # their tables tell
     p = sizes["patch_size"]
-    if not isinstance(p, (list, tuple)) or len(p) != 3 or p[0] != 1 or p[1] != p[2]:
+    if not isinstance(p, (list, tuple)) or [type(n) for n in p] != [int] * 3 or p[0] != 1 or not p[1] == p[2] > 0:
         raise UserError(f"{where}: patch_sizes {shown(p)}, expected [1, p, p]")
     sizes |= {name: config["regularizer"].get(name) or 0.0 for name in ("drop_quant_p", "corrupt_tokens_p")}
     frames, overlap = around.get("chunk_size", 17), around.get("overlap_size_frames", 1)
@@ -700,7 +700,7 @@ def held_key(vae):
 
 def living(modules, goal):
     """Without those modules that nothing leads from to the entry `goal`: a REPA head, of training only."""
-    wanted, alive = {goal}, []
+    wanted, alive = {goal} if isinstance(goal, str) else set(), []
     for name, module in reversed(modules.items()):
         entries = {"read": set(), "write": set()}
         for argument, value in module.items() if isinstance(module, dict) else ():
@@ -731,7 +731,7 @@ def turned(name, x, registers_first):
     """A tensor from our form into the official one: tables as (axes, 1, D, M), modulations in the packer's order."""
     if name.endswith(".positions"):
         return x.transpose(1, 2)[:, None]                                         # (a, M, D) -> (a, 1, D, M)
-    if registers_first and ".adaln." in name:
+    if registers_first and ".adaln." in name and len(x) % 2 == 0:
         return x.unflatten(0, (2, -1)).flip(0).flatten(0, 1)                      # (12·D, ...), its halves exchanged
     return x
 
@@ -773,13 +773,16 @@ def read_videoflextok(name, device="cpu", dtype=torch.float32):
                         f'("video_flex_tok")')
     sizes, names, registers_first = follow_clip_config(config, where)
     tensors = {x.removeprefix("video_tokenizer."): y for x, y in unwrapped(load_tensors(path), path).items()}
+    for tensor, x in tensors.items():
+        if not x.numel() or not x.dim():
+            raise UserError(f"{path}: tensor {shown(tensor)[1:-1]} is {shown(list(x.shape))}; none may be empty")
     dead = set((config.get("video_flex_tok") or config)["decoder"]["module_dict"]) - set(names.values())
     tensors = {x: y for x, y in tensors.items() if not x.startswith(tuple(f"decoder.module_dict.{m}." for m in dead))}
     ours = {"vae." + x.removeprefix("vae.vidtok."): y for x, y in tensors.items() if x.startswith("vae.vidtok.")}
     lengths = {size: tensors[table].shape[-1] for size, table in (
         (size, clip_name(f"{part}.positions", names)) for size, part in (
             ("enc_positions", "encoder.patch_embed"), ("dec_positions", "decoder.patch_embed"),
-            ("code_positions", "decoder"))) if table in tensors and tensors[table].dim()}
+            ("code_positions", "decoder"))) if table in tensors}
     tokenizer = unloaded_video(replace(sizes, **lengths), vidtok_config(ours, path), where)
     called = {mine: clip_name(mine, names) for mine in tokenizer.state_dict()}
     wanted = {theirs: mine for mine, theirs in called.items()}
@@ -1016,7 +1019,7 @@ def read_flexar(name, device="cpu", dtype=torch.float32):
             raise ValueError(f"a tensor of block {config.depth - 1}, but only {len(tensors)} tensors")
         with torch.device("meta"):
             model = GPT(config)
-    except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: does not describe a prior ({type(error).__name__}: {shown(str(error))})") from None
     vary(model, varied, path)
     load_weights(model, tensors, path, device, dtype, called=called)
