@@ -80,7 +80,7 @@ if [[ $PARTS == *train* ]]; then  # what is shipped: VAE, tokenizer, prior, as t
     --steps "$STEPS" --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2))
   step train_prior $(($(left) - 30)) 1 timeout -s TERM $(($(left) - 40)) $P train_ar.py --preset "$PRESET" \
     --device "$DEVICE" --tokenizer "$W/run" --out "$W/run-prior" --steps 3000 --eval_every 3000 \
-    ${QUICK:+--steps 20 --views 1}
+    ${QUICK:+--steps 20 --warmup 5 --views 1}
   cp "$(find "$W/run" -name "step*.png" | sort | tail -n 1)" "$OUT/picture.png"
   step weights 30 0 $P -c "import torch; from ar import GPT; from model import FlexTok
 for Model, name in ((FlexTok, 'run'), (GPT, 'run-prior')):
