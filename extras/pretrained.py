@@ -641,7 +641,7 @@ def follow_clip_config(config, where):
     first). Both of its forms: the parts alone, or with the sizes of windows around them. Raises `UserError`.
     """
     check_targets(config, where, r"videoflextok(\.\w+)+")
-    around, config = config, config.get("video_flex_tok", config)
+    around, config = config, config.get("video_flex_tok", config) if isinstance(config, dict) else None
     for part in CLIP_PARTS:
         modules = config.get(part) if isinstance(config, dict) else None
         is_list = part in ("encoder", "decoder")
