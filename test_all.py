@@ -3874,11 +3874,13 @@ def test_damaged_files_of_a_video_tokenizer_are_refused_in_a_sentence(golden_vid
             name, = (name for name in tensors if name.endswith(ending))
             tensors[name] = x
         return change
-    odd = torch.zeros(13, 4)
+    odd, flipped = torch.zeros(13, 4), golden_video[0].vae.encoder.conv_in.conv.bias.detach().clone()
+    flipped[0] = 1e38
     changes = [(patches_of_nothing, "patch_sizes [1, 0, 0]"),
                (lambda config, tensors: config.update(video_flex_tok=[]), "vae is None"),
                (set_tensor("enc_register_module.registers", torch.tensor(1.0)), "is []; none may be empty"),
                (set_tensor("encoder.conv_in.conv.weight", torch.zeros(0, 3, 3, 3, 3)), "none may be empty"),
+               (set_tensor("encoder.conv_in.conv.bias", flipped), "holds NaN or infinite values, or some beyond 1e15"),
                (set_tensor("dec_transformer.blocks.0.adaLN_modulation.1.weight", odd), "is [13, 4], expected"),
                (lambda config, tensors: config.update(vae_video_sizes=[5, 400, 4]), "larger than the tables")]
     for i, (change, words) in enumerate(changes):
@@ -3891,6 +3893,10 @@ def test_damaged_files_of_a_video_tokenizer_are_refused_in_a_sentence(golden_vid
     (tmp_path / "ours/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"patches, with 8 registers a row, are larger than the tables"):
         video.VideoFlexTok.from_pretrained(str(tmp_path / "ours"))
+    (tmp_path / "ours/config.json").write_text(json.dumps(config | {"vidtok": {"channel_mult": [1] * 3000}}))
+    with pytest.raises(UserError, match=r"config.json: vidtok: channel_mult \(1, 1, 1") as caught:
+        video.VideoFlexTok.from_pretrained(str(tmp_path / "ours"))
+    assert len(str(caught.value)) < 300
     (tmp_path / "ours/config.json").write_text(json.dumps(config | {"official": [1], "tokenizer": {
         **config["tokenizer"], "grid": [2, 3]}}))
     pretrained.main(["convert", str(tmp_path / "ours"), str(tmp_path / "official")])  # it gets a new one
