@@ -345,9 +345,10 @@ def load(tokenizer_path, prior_path, device, dtype=torch.float32):
     tokenizer = open_tokenizer(tokenizer_path, device)
     gpt = GPT.from_pretrained(prior_path, device=device, dtype=dtype)
     K, V = tokenizer.config.registers, tokenizer.quantizer.vocab_size
-    if gpt.config.vocab_size != V or gpt.config.length > K:
+    rows = getattr(tokenizer, "rows", 1)  # of clips: with less than a token a row, none can be shown
+    if gpt.config.vocab_size != V or not rows <= gpt.config.length <= K:
         raise UserError(f"{prior_path}: writes {gpt.config.length} tokens out of {gpt.config.vocab_size}, but "
-                        f"{tokenizer_path} has {K} out of {V}")
+                        f"{tokenizer_path} has {rows} to {K} out of {V}")
     if gpt.notes.get("tokenizer", tokenizer.fingerprint()) != tokenizer.fingerprint():  # released priors do not say
         raise UserError(f"{prior_path}: was trained on the tokens of another tokenizer than {tokenizer_path}")
     return tokenizer, gpt

@@ -27,8 +27,7 @@ from common import UserError, replacing
 # Only formats whose decoders stay inside Pillow: its EPS reader, for one, starts another program on the file.
 # Beside each the bytes that a pixel takes at most while it is read: some decoders hold several copies of the image.
 IMAGE_FORMATS = {"PNG": 8, "JPEG": 12, "WEBP": 16, "GIF": 8, "BMP": 8, "TIFF": 16, "PPM": 8, "JPEG2000": 24, "AVIF": 12}
-MAX_BYTES = 2**32 // 3         # for reading one image; so 178,956,970 pixels of a PNG, where Pillow itself refuses
-Image.MAX_IMAGE_PIXELS = None  # `opened` checks instead, because Pillow's message does not say width and height
+MAX_BYTES = 2**32 // 3  # for reading one image; so 178,956,970 pixels of a PNG, where Pillow itself refuses all formats
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage in what is noted beside the pixels
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27  # bytes: image generators write long prompts
 
@@ -71,11 +70,7 @@ def read_image(source):
 
 def seek(image, number):
     """Go to a frame of an animation, which in GIF and TIFF may be larger than the first; ValueError if too large."""
-    Image.MAX_IMAGE_PIXELS = MAX_BYTES // 48  # Pillow allows twice that; a GIF is blown up while one goes to the frame
-    try:
-        image.seek(number)
-    finally:
-        Image.MAX_IMAGE_PIXELS = None
+    image.seek(number)
     if math.prod(image.size) > MAX_BYTES // 24:
         raise ValueError(f"frame {number + 1} has {image.width} x {image.height} pixels")
 
@@ -288,7 +283,7 @@ def save_curves(path, records):
         curves = {name: [np.mean(part, 0) for part in np.array_split(np.array(points, float), min(len(points), 300))]
                   for name, points in curves.items()}
         ys = [y for points in curves.values() for _, y in points]
-        log = title.startswith("loss") and min(ys) > 0 and max(ys) > 3 * min(ys)
+        log = title.startswith("loss") and min(ys) > 1e-30 and max(ys) > 3 * min(ys)
         sheet.paste(_draw_panel(title, curves, log), (i % columns * width, i // columns * height))
     with replacing(path) as temporary:
         sheet.reduce(2).save(temporary, format="PNG")
@@ -301,14 +296,14 @@ def curves_of_log(records):
         if place is not None:
             pairs = [(x, y[place]) for x, y in pairs if isinstance(y, list) and len(y) > place]
         return [(x, y) for x, y in pairs if all(type(v) in (int, float) and abs(v) < 1e30 for v in (x, y))]
-    ks = next((record["ks"] for record in reversed(records) if record.get("ks")), [])
+    ks = next((record["ks"] for record in reversed(records) if isinstance(record.get("ks"), list)), [])
     quarters, tokens = ("0 to 0.25", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1"), ("first", "2 to 8", "9 to 64", "65 on")
     panels = {
         "loss": {"training": curve("loss"), "L1": curve("l1"), "at pure noise": curve("loss_pure_noise"),
                  "held out": curve("held_out")},
         "loss by t, from data (0) to noise (1)": {name: curve("loss_by_t", i) for i, name in enumerate(quarters)},
         "loss by token": {name: curve("loss_by_position", i) for i, name in enumerate(tokens)},
-        "PSNR in dB": {f"k = {k}": curve("psnr", i) for i, k in enumerate(ks)} | {
+        "PSNR in dB": {f"k = {k}": curve("psnr", i) for i, k in enumerate(ks) if type(k) is int} | {
             "VAE": curve("psnr_vae"), "training": curve("psnr"), "held out": curve("held_out_psnr")},
         "KL": {"": curve("kl")}, "learning rate": {"": curve("lr")}}
     return [(title, {name: points for name, points in curves.items() if points})

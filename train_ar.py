@@ -432,9 +432,9 @@ def open_trained(config, run):
         script = "train_video.py" if made_by == ["video-cpu"] else "train_tokenizer.py"
         raise UserError(f"--tokenizer {name}: is not there yet; run {script} --preset {made_by[0]} first")
     tokenizer = open_tokenizer(name, run.device)
-    K = tokenizer.config.registers
-    if config.length > K:
-        raise UserError(f"--length {config.length}: {config.tokenizer} has {K} tokens per image")
+    K, rows = tokenizer.config.registers, getattr(tokenizer, "rows", 1)  # of clips at least a token a row
+    if config.length > K or 0 < config.length < rows:
+        raise UserError(f"--length {config.length}: {config.tokenizer} has {rows} to {K} tokens per image")
     if len(set(tokenizer.image_size)) > 1:
         raise UserError(f"--tokenizer {name}: takes {tokenizer.image_size} pixels; a prior needs square images")
     return tokenizer

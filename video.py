@@ -565,7 +565,7 @@ def checked_sizes(Config, fields, where):
     try:
         return checked(Config, fields, where)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {str(error)[:150]}") from None
 
 
 def unloaded_video(config, vae_config, where):

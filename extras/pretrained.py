@@ -223,7 +223,7 @@ def follow_config(config, where):
     try:
         sizes = checked(TokenizerConfig, {**sizes, "levels": fsq.get("levels")}, where)
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {str(error)[:150]}") from None
     if len(sizes.levels) != L:
         raise UserError(f"{where}: levels {shown(sizes.levels)}, but the encoder's outputs are {shown(L)}")
     if config["encoder"]["module_dict"][names["enc_register_module"]].get("n_eval") not in (None, sizes.registers):
@@ -641,7 +641,7 @@ def follow_clip_config(config, where):
     first). Both of its forms: the parts alone, or with the sizes of windows around them. Raises `UserError`.
     """
     check_targets(config, where, r"videoflextok(\.\w+)+")
-    around, config = config, config.get("video_flex_tok", config)
+    around, config = config, config.get("video_flex_tok", config) if isinstance(config, dict) else None
     for part in CLIP_PARTS:
         modules = config.get(part) if isinstance(config, dict) else None
         is_list = part in ("encoder", "decoder")
