@@ -2870,7 +2870,7 @@ def test_a_prior_learns_which_tokens_belong_to_which_class_and_caption():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(condition=("smell",)), "--condition smell"), (dict(length=9), "--length 9: .* has 4"),
+    (dict(condition=("smell",)), "--condition smell"), (dict(length=9), "--length 9: .* has 1 to 4"),
     (dict(width=33), "--width 33"), (dict(micro_batch=3), "--batch_size 8"),
     (dict(micro_batch=-1), "--micro_batch -1"), (dict(views=0), "--views 0"), (dict(tokenizer="nowhere"), "nowhere"),
     (dict(caption_width=48), "--caption_width 48"), (dict(condition_dropout=1.0), "--condition_dropout 1.0"),
