@@ -96,7 +96,7 @@ class VideoTrainConfig:
 
 
 PRESETS = {
-    "video-cpu": dict(    # 2 CPU cores, 15 minutes with its VAE by arithmetic (not run): drawn clips at 32 px
+    "video-cpu": dict(    # a CPU core, 20 minutes and its VAE (stopped at step 800 so far): drawn clips at 32 px
         SHORT, out="out/video-cpu", enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=8,
         patch_position_std=0.5, autoencoder_share=0.4,
         steps=2000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1000),
