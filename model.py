@@ -15,6 +15,7 @@ code, D width, nh hd heads and head size.
 
     python model.py         # prints who attends to whom, shapes, and the size of d12-d12      Next: train_tokenizer.py
 """
+import functools
 import hashlib
 import math
 import os
@@ -323,7 +324,7 @@ def law_of_k(u, K, mode):
 
 
 def sample_k(B, K, mode, null_p=0.0, generator=None):
-    """How many tokens each training sample keeps: k (B,) int64 in 0..K on the CPU, 0 for no condition; room (B,).
+    """How many tokens each training sample keeps: k (B,) int64 in 0..K on the CPU, 0 for no condition; room, B numbers.
 
     This is what orders the tokens: early ones are kept more often, so what matters most moves to the front (nested
     dropout, arXiv 1402.0915). Each sample draws its own k: with one for all, a batch would pull towards few tokens in
@@ -345,9 +346,9 @@ def sample_k(B, K, mode, null_p=0.0, generator=None):
 
 
 def room_for(k, K):
-    """k (B,) int64, at most K -> the first of 16, 64, 256, ... that is not below, and at most K: (B,)."""
+    """k (B,) int64, at most K -> for each the first of 16, 64, 256, ... that is not below, and at most K: a tuple."""
     sizes = [min(4**i, K) for i in range(2, 16)]
-    return torch.tensor([next(size for size in sizes if size >= number) for number in k.tolist()])  # (B,)
+    return tuple(next(size for size in sizes if size >= number) for number in k.tolist())
 
 
 def powers_of_two(K):
@@ -499,19 +500,27 @@ def counted_attention(n, copies, device, counted=slice(-1, None), attention=F.sc
 VAE_PIXELS = 8 * 256 * 256  # that the VAE is given at once, but at least one whole image
 
 
-def in_groups(velocity, room, x_t, *others):
-    """velocity(k, x_t, *others) of the samples of equal room k together; all tensors (B, ...), room (B,) on the CPU.
+def in_groups(velocity, room, *tensors):
+    """velocity(k, *tensors) of the samples of equal room k together; tensors (B, ...), room a tuple of B numbers.
 
     Neither the first k registers nor the decoder look at those from k on: a sample that keeps few costs little more
     than 2·N, not 2·(N + K).
     """
-    order, results = [], []
-    for k in room.unique().tolist():
-        members = (room == k).nonzero().squeeze(1)                                # (b,)
-        rows = {x.device: members.to(x.device, non_blocking=True) for x in (x_t, *others)}
-        order.append(rows[x_t.device])
-        results.append(velocity(k, *(x[rows[x.device]] for x in (x_t, *others))))  # (b, C, h, w)
-    return torch.cat(results)[torch.cat(order).argsort()]                         # (B, C, h, w)
+    groups, order = groups_of(room, tensors[0].device)
+    results = [velocity(k, *(x[members] for x in tensors)) for k, members in groups]  # (b, C, h, w) each
+    return torch.cat(results)[order]                                              # (B, C, h, w)
+
+
+@functools.lru_cache(maxsize=64)
+def groups_of(room, device):
+    """room, B numbers -> [(k, who has it: (b,) int64), ...], and the order (B,) that puts them back as they were.
+
+    Kept on `device`, as training asks for the same in every step.
+    """
+    places = torch.tensor(room)                                                   # (B,)
+    groups = [(k, (places == k).nonzero().squeeze(1)) for k in sorted(set(room))]  # (b,) each
+    order = torch.cat([members for _, members in groups]).argsort()               # (B,)
+    return [(k, members.to(device)) for k, members in groups], order.to(device)
 
 
 class FlexTok(nn.Module):
@@ -543,15 +552,15 @@ class FlexTok(nn.Module):
     def forward(self, latents, x_t, t, k_keep, room=None):
         """One training pass: latents, x_t (B, C, h, w), t (B,) -> velocity (B, C, h, w).
 
-        Sample i keeps its first k_keep[i] tokens, k_keep (B,) int64; with 0 it has no condition at all. room (B,), both
-        on the CPU: so many registers are enough for sample i (`sample_k`); None: all go through with all K.
+        Sample i keeps its first k_keep[i] tokens, k_keep (B,) int64; with 0 it has no condition at all. room, a tuple:
+        so many registers are enough for each sample (`sample_k`); None: all go through with all K.
         """
         def velocity(k, x_t, latents, t, k_keep):  # of samples that need no more than k registers
             codes, _ = self.quantizer(self.encoder(latents, k))                   # (b, k, L)
             return self.decoder(x_t, t, codes, k_keep, null=k_keep == 0)          # (b, C, h, w)
         if room is None:
             return velocity(self.config.registers, x_t, latents, t, k_keep)  # the plain form
-        return in_groups(velocity, room, x_t, latents, t, k_keep)
+        return in_groups(velocity, room, x_t, latents, t, k_keep.to(x_t.device, non_blocking=True))
 
     def compile_blocks(self, **options):
         """torch.compile the blocks of encoder and decoder, with these options. Changes no name in the state dict.

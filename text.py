@@ -76,16 +76,19 @@ class CaptionEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)  # about 5 of them are summed
         nn.init.normal_(self.positions, std=0.5)
 
-    def tokenize(self, captions):
+    def tokenize(self, captions, multiple=1):
         """List of B strings -> ids (B, M, P) int64, mask (B, M), True where real; M: words of the longest, and its END.
 
-        A word is what lies between spaces; how many spaces there are makes no difference.
+        A word is what lies between spaces; how many spaces there are makes no difference. multiple: M is rounded up to
+        one of it, for those who want few different shapes.
         """
         rows = []
         for caption in captions:
             pieces = [piece for word in caption.split() for piece in word_ids(word)][:self.config.max_words]
             rows.append(torch.tensor([*pieces, [END] + [0] * (WORD_BYTES - 1)]))  # (m, P)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B, M, P)
+        M = ids.shape[1]
+        ids = F.pad(ids, (0, 0, 0, min(-M % multiple, self.config.max_words + 1 - M)))  # (B, M, P)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]        # (B, M)
         # non_blocking: training does not wait for the GPU
         return tuple(x.to(self.positions.device, non_blocking=True) for x in (ids, mask))

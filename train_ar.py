@@ -27,7 +27,8 @@ from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average, from_cli,
-                    generator, init_distributed, learning_rate, provenance, read_log, seconds_of, seed_step, shipped)
+                    generator, init_distributed, learning_rate, provenance, read_log, recorded, seconds_of, seed_step,
+                    shipped)
 from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import save_curves, save_grid, to_float
@@ -74,7 +75,7 @@ class ARConfig:
     seed: int = 0                        # of the weights, the data order and the dropped conditions
     device: str = "auto"                 # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"              # auto, bf16, fp16 (GPUs without bf16) or fp32
-    compile: bool = False                # torch.compile the blocks: minutes at first, then faster steps
+    compile: bool = False                # torch.compile the blocks; on one GPU, record a step as a CUDA graph
     log_every: int = 100                 # steps
     eval_every: int = 5000               # steps; also saves
     eval_images: int = 256               # held-out images whose tokens are scored
@@ -101,9 +102,9 @@ PRESETS = {
         head_dim=48, caption_width=96, word_dropout=0.3, cfg_scale=2.0,
         steps=8000, batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, eval_every=2000),
     "emoji64": dict(      # one GPU, minutes (not run), after train_tokenizer.py --preset emoji64
-        data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=384, depth=6,
-        word_dropout=0.3, cfg_scale=2.0,
-        steps=10_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+        data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=256, depth=6, workers=4,
+        caption_width=128, word_dropout=0.3, cfg_scale=2.0,
+        steps=6000, batch_size=256, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=3000),
     "49M": dict(          # the paper's smallest (not run): 8 GPUs, ImageNet in --data, a trained --tokenizer
         PAPER, width=SIZES["49M"][0], depth=SIZES["49M"][1], out="out/prior-49M"),
     "85M": dict(          # the paper's (not run)
@@ -126,16 +127,16 @@ RUN_FIELDS = ("out", "workers", "device", "precision", "compile", "log_every", "
 # The algorithm
 
 
-def training_loss(gpt, tokens, labels, captions):
+def training_loss(gpt, tokens, labels, ids, mask):
     """How surprised the prior is by each token: -log p in nats, the mean, and each (b, T) without gradient.
 
     Paper Sec. 3.3.
 
     tokens (b, T): the first T of each image, coarse to fine. labels (b,), -1 where the class is not said, or None.
-    captions: b texts, "" where nothing is said, or None.
+    ids (b, M, P), mask (b, M): the words of captions, of "" where nothing is said (text.py), or None.
     """
     # A caption's words become states, which every block of the GPT looks at; a class is a vector added to the start.
-    text, mask = gpt.encode_text(captions) if captions is not None else (None, None)  # (b, M, E), (b, M)
+    text, mask = (None, None) if ids is None else gpt.text_encoder(ids, mask)     # (b, M, E), (b, M)
     # Token i is predicted from those before it. They are ordered, so that the first ones decide what is in the picture:
     # whoever writes them one by one can stop anywhere and has an image.
     # FORK: another objective. Return its mean, and one number for each token, for the log.
@@ -149,8 +150,8 @@ class Loss(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, tokens, labels, captions):
-        return training_loss(self.gpt, tokens, labels, captions)
+    def forward(self, tokens, labels, ids, mask):
+        return training_loss(self.gpt, tokens, labels, ids, mask)
 
 
 def drop_conditions(config, labels, captions, step, run):
@@ -245,7 +246,8 @@ def seconds_to_come(config, run, tokenizer, classes):
 
     def step():
         with autocast(run.device, config.precision), attention_kernel(run.device):
-            loss, _ = training_loss(gpt, tokens, None, ["a few words"] * micro if gpt.text_encoder else None)
+            words = gpt.text_encoder.tokenize(["a few words"] * micro) if gpt.text_encoder else (None, None)
+            loss, _ = training_loss(gpt, tokens, None, *words)
         loss.backward()
         return loss.detach()
     return config.steps * seconds_of(step) * b / micro
@@ -359,6 +361,14 @@ def train(config, run, checkpoints, tokenizer, images):
     start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log = Log(config.out, run, start, "stage 2 of 2, prior:", config.steps)
     means, stop = Means(1 + len(GROUPS), run), StopRequest()
+
+    def learn(_, *tensors):
+        """Forwards and backwards with a micro-batch: adds to the gradients, returns the loss of each token (micro, T)."""
+        with autocast(run.device, config.precision), attention_kernel(run.device):
+            loss, losses = model(*tensors)                                        # (), (micro, T)
+        scaler.scale(loss * micro / b).backward()
+        return losses
+    learn = recorded(learn, config, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; {len(dataset) * views:,} x {T} tokens; "
             f"batch {config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; "
@@ -390,18 +400,17 @@ def train(config, run, checkpoints, tokenizer, images):
             captions = [dataset.caption(i) for i in indices.tolist()]
             labels, captions = drop_conditions(config, labels, captions, step, run)
             labels = None if labels is None else labels.to(run.device, non_blocking=True)  # (b,)
+            words = (None, None) if captions is None else \
+                raw.text_encoder.tokenize(captions, multiple=16 if config.compile else 1)  # (b, M, P), (b, M)
             for part in (slice(i, i + micro) for i in range(0, b, micro)):
                 model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
-                with autocast(run.device, config.precision), attention_kernel(run.device):
-                    loss, losses = model(tokens[part], None if labels is None else labels[part],
-                                         None if captions is None else captions[part])  # (), (micro, T)
-                scaler.scale(loss * micro / b).backward()
-                means.add(*by_position(losses))
+                given = (x if x is None else x[part] for x in (tokens, labels, *words))
+                means.add(*by_position(learn(None, *given)))
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             ema.update_parameters(raw)
 
             done = step + 1

@@ -28,8 +28,8 @@ import flow
 import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Run, Scaler, StopRequest, UserError, attention_kernel, autocast,
                     barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_log, read_saved, seconds_of, seed_step, shard,
-                    snapshot)
+                    init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seconds_of, seed_step,
+                    shard, snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import save_curves, save_grid, to_float
@@ -87,7 +87,7 @@ class TrainConfig:
     seed: int = 0                    # of the weights, the data order and the noise
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"          # auto, bf16, fp16 (GPUs without bf16) or fp32
-    compile: bool = False            # torch.compile the blocks: minutes at first, then faster steps
+    compile: bool = False            # torch.compile the blocks; on one GPU, record a step as a CUDA graph
     checkpoint_blocks: bool = False  # keep only what enters each block, and compute the rest again in the backward pass
     shard: bool = False              # split weights, gradients and optimizer over the processes (FSDP2)
     log_every: int = 100             # steps
@@ -115,10 +115,10 @@ PRESETS = {
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=6,
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.2,
         steps=10_000, batch_size=64, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=1000),
-    "emoji64": dict(      # one H100, a quarter of an hour and its VAE, by arithmetic (not run): a larger model
-        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16,
-        patch_size=1, enc_depth=6, dec_depth=8, enc_width=384, dec_width=384, registers=64, autoencoder_share=0.1,
-        steps=20_000, batch_size=256, lr=8e-4, warmup=500, ema_decay=0.999, eval_every=2000),
+    "emoji64": dict(      # one GPU, minutes, with --compile: a deeper model, more views, as much of each step
+        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16, workers=4,
+        patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.15,
+        steps=16_000, batch_size=256, lr=1.5e-3, warmup=500, ema_decay=0.999, eval_every=4000),
     "d12-d12": dict(      # the paper's small one: 8 H100, 10 hours by arithmetic (not run), ImageNet in --data
         PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
     "d18-d18": dict(      # the paper's middle one: 8 H100, 1.4 days by arithmetic (not run)
@@ -139,8 +139,8 @@ def training_loss(model, latents, noise, t, k_keep, room):
     """How wrong the velocity is, for each sample (b,): the whole method in five lines.                (paper Sec. 3.1)
 
     latents: images as the VAE sees them, and noise: both (b, C, h, w). t (b,) in [0, 1]: how much noise is mixed in.
-    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room (b,) says which samples of
-    about equal k may go through together (`sample_k`). The last two lie on the CPU.
+    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room, b numbers, says which samples
+    of about equal k may go through together (`sample_k`).
     """
     x_t = flow.interpolate(latents, noise, t)                                     # (b, C, h, w)
     # Encoder, quantiser, the first k_keep tokens, decoder. Each sample has a k of its own: then every step teaches what
@@ -153,7 +153,7 @@ def training_loss(model, latents, noise, t, k_keep, room):
 
 
 def draw_noise(config, step, like, run):
-    """The method's random numbers: noise (b, C, h, w), t (b,), k_keep (b,) and room (b,), the last two on the CPU.
+    """The method's random numbers: noise (b, C, h, w), t (b,), k_keep (b,), and room, b numbers.
 
     Drawn for the global batch from (seed, step) alone, of which each process takes its part: so a run on two processes
     is the run on one, and a resumed run needs no memory of what was drawn before.
@@ -166,10 +166,10 @@ def draw_noise(config, step, like, run):
     pure = torch.rand(B, generator=on_device, device=run.device) < config.pure_noise_share
     t = torch.where(pure, 1.0, t)
     K = config.registers
-    k_keep, room = sample_k(B, K, config.nested_dropout, config.null_p, on_cpu)   # (B,), (B,)
+    k_keep, room = sample_k(B, K, config.nested_dropout, config.null_p, on_cpu)   # (B,), B numbers
     if step < config.autoencoder_share * config.steps:  # with all tokens and t = 1 this is a plain autoencoder
-        t, k_keep, room = torch.ones_like(t), k_keep.sign() * K, torch.full((B,), K)
-    return noise[mine], t[mine], k_keep[mine], room[mine]
+        t, k_keep, room = torch.ones_like(t), k_keep.sign() * K, (K,) * B
+    return noise[mine], t[mine], k_keep[mine].to(run.device, non_blocking=True), room[mine]
 
 
 def by_t(loss, t, null):
@@ -408,6 +408,14 @@ def train(config, run, checkpoints, dataset):
     start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log = Log(config.out, run, start, stage_of(config, 0, "tokenizer"), config.steps)
     means, stop = Means(6, run), StopRequest()
+
+    def learn(room, latents, noise, t, k_keep):
+        """Forwards and backwards with a micro-batch: adds to the gradients, returns its losses (micro,)."""
+        with autocast(run.device, config.precision), attention_kernel(run.device):
+            loss = training_loss(model, latents, noise, t, k_keep, room)          # (micro,)
+        scaler.scale(loss.mean() * micro / b).backward()
+        return loss.detach()
+    learn = recorded(learn, config, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size} = "
             f"{run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}")
@@ -433,24 +441,20 @@ def train(config, run, checkpoints, dataset):
             seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
             batch = next(stream)[0].to(run.device, non_blocking=True)             # (b, C, h, w), or uint8 (b, 3, H, W)
             latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
-            noise, t, k_keep, room = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), (b,)
+            noise, t, k_keep, room = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), b numbers
             if config.shard:
-                room[:] = config.registers  # all processes must gather the same weights equally often
+                room = (config.registers,) * b  # all processes must gather the same weights equally often
             if step == 0 and run.is_main:
                 draw_inputs(vae, latents, config)
             for part in (slice(i, i + micro) for i in range(0, b, micro)):
                 model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
-                with autocast(run.device, config.precision), attention_kernel(run.device):
-                    # (micro,)
-                    loss = training_loss(model, latents[part], noise[part], t[part], k_keep[part], room[part])
-                scaler.scale(loss.mean() * micro / b).backward()
-                null = (k_keep[part] == 0).to(run.device, non_blocking=True)      # (micro,)
-                means.add(*by_t(loss.detach(), t[part], null))
+                loss = learn(room[part], latents[part], noise[part], t[part], k_keep[part])  # (micro,)
+                means.add(*by_t(loss, t[part], k_keep[part] == 0))
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             ema.update_parameters(raw)
 
             done = step + 1

@@ -350,14 +350,15 @@ class VideoFlexTok(nn.Module):
     def forward(self, latents, x_t, t, k_keep, room, prefix):
         """One training pass: latents, x_t (B, C, T, h, w), t (B,) -> velocity (B, C, T, h, w).
 
-        All rows of clip i keep their first k_keep[i] tokens, k_keep (B,) int64; with 0 it has no condition. room (B,):
-        so many registers are enough for it in the decoder (`sample_k`); the encoder needs all. prefix (B,): so many
-        latent frames are clean in x_t. All three on the CPU.
+        All rows of clip i keep their first k_keep[i] tokens, k_keep (B,) int64; with 0 it has no condition. room, a
+        tuple: so many registers are enough for each clip in the decoder (`sample_k`); the encoder needs all. prefix
+        (B,): so many latent frames are clean in x_t.
         """
         codes, _ = self.quantizer(self.encoder(latents))                          # (B, T, K, L)
 
         def velocity(k, x_t, t, codes, k_keep, prefix):  # of clips that need no more than k registers a row
             return self.decoder(x_t, t, codes[:, :, :k], k_keep, k_keep == 0, prefix)
+        k_keep, prefix = (x.to(x_t.device, non_blocking=True) for x in (k_keep, prefix))  # (B,) each
         return in_groups(velocity, room, x_t, t, codes, k_keep, prefix)           # (B, C, T, h, w)
 
     @torch.no_grad()
