@@ -336,9 +336,9 @@ class Recorded:
     """A function of tensors whose work on the GPU is recorded once, as a CUDA graph, and from then on replayed.
 
     A training step of a small model is thousands of kernels of microseconds each, and Python needs longer to ask for
-    one than the GPU to run it: an H100 waited four fifths of the time. A recording is asked for once. It repeats exactly
-    what ran, on the same memory: no decision within `function` may hang on values, gradients have to stay where they
-    are (`zero_grad(set_to_none=False)`), and what it returns is overwritten by the next call.
+    one than the GPU to run it: an H100 stood idle for four fifths of the time. A recording is asked for once. It
+    repeats exactly what ran, on the same memory: no decision within `function` may hang on values, gradients have to
+    stay where they are (`zero_grad(set_to_none=False)`), and what it returns is overwritten by the next call.
     """
 
     def __init__(self, function):

@@ -176,7 +176,7 @@ _turn, _far = np.arange(10) * math.pi / 5, np.where(np.arange(10) % 2, 0.45, 1.0
 _t = np.linspace(0, 2 * math.pi, 120)  # once round a heart
 _y = -13 * np.cos(_t) + 5 * np.cos(2 * _t) + 2 * np.cos(3 * _t) + np.cos(4 * _t)
 
-# Corners (n, 2) in units of the radius, y downwards; circle and ring are drawn as ellipses.
+# Corners (n, 2) in units of the radius, y downwards; a circle is drawn as an ellipse.
 POLYGONS = {
     "square": np.array([(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]),
     "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)]),
@@ -184,15 +184,14 @@ POLYGONS = {
     "heart": np.stack([16 * np.sin(_t) ** 3, _y], 1) / 16,
     "cross": np.array([(-.35, -1), (.35, -1), (.35, -.35), (1, -.35), (1, .35), (.35, .35),
                        (.35, 1), (-.35, 1), (-.35, .35), (-1, .35), (-1, -.35), (-.35, -.35)]),
-    "diamond": np.array([(0, -1.1), (0.7, 0), (0, 1.1), (-0.7, 0)]),
 }
-KINDS = ["circle", "ring", *POLYGONS]
+KINDS = ["circle", *POLYGONS]
 COLOURS = {"red": (220, 40, 40), "orange": (245, 140, 30), "yellow": (245, 210, 40), "green": (50, 160, 70),
            "blue": (40, 90, 215), "purple": (135, 60, 175), "pink": (240, 120, 180), "brown": (130, 80, 45)}
 BACKGROUNDS = {"white": (255, 255, 255), "light grey": (215, 215, 215), "light blue": (190, 220, 245),
                "light green": (200, 235, 200), "cream": (250, 240, 205), "light pink": (250, 215, 225),
                "black": (15, 15, 15), "dark grey": (65, 65, 70), "dark blue": (20, 30, 80), "dark green": (15, 65, 40)}
-RADII = {"small": 0.17, "medium": 0.23, "large": 0.29}  # of the image's side; at 32 px a smaller star would be a blot
+RADII = {"small": 0.2, "medium": 0.25, "large": 0.3}  # of the image's side; at 32 px a smaller star would be a blot
 PLACES = ["in the top left", "at the top", "in the top right", "on the left", "in the centre", "on the right",
           "in the bottom left", "at the bottom", "in the bottom right"]
 
@@ -257,9 +256,7 @@ def draw_shape(draw, shape, side):
     """Draw a Shape with PIL's `draw` on a square canvas of `side` pixels."""
     centre, radius, rgb = np.array([shape.x, shape.y]) * side, shape.radius * side, COLOURS[shape.colour]
     box = (*(centre - radius), *(centre + radius))
-    if shape.kind == "ring":
-        draw.ellipse(box, outline=rgb, width=round(0.4 * radius))
-    elif shape.kind == "circle":
+    if shape.kind == "circle":
         draw.ellipse(box, fill=rgb)
     else:
         draw.polygon([tuple(corner) for corner in centre + radius * POLYGONS[shape.kind]], fill=rgb)
@@ -312,7 +309,7 @@ class MovingShapes:
         background = pick(list(BACKGROUNDS))
         colours = [name for name, rgb in COLOURS.items() if math.dist(rgb, BACKGROUNDS[background]) > 125]
         movers = []
-        for kinds, radius in ((KINDS, 0.2), (SMALL_KINDS, 0.12))[:rng.integers(1, 3)]:
+        for kinds, radius in ((KINDS, 0.25), (SMALL_KINDS, 0.14))[:1 + (rng.random() < 0.25)]:  # mostly one
             low, reach = 1.12 * radius, 1 - 2 * 1.12 * radius
             shape = Shape(pick(kinds), pick(colours), *(low + reach * rng.random(2)), radius)
             colours = [name for name in colours if name != shape.colour]

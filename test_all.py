@@ -941,7 +941,7 @@ def test_vae_training_learns_saves_what_from_pretrained_opens_and_scales_latents
                                  gan_weight=0.0, lr=5e-3)
     metrics = vae_module.main(config)
     first, *_, last = [line for line in records(tmp_path / "run") if "l1" in line]
-    assert metrics["held_out_psnr"] > first["psnr"] + 4 and last["l1"] < 0.7 * first["l1"]
+    assert metrics["held_out_psnr"] > first["psnr"] + 3 and last["l1"] < 0.7 * first["l1"]
     vae = VAE.from_pretrained(tmp_path / "run")
     with torch.no_grad():
         latents = vae.latents(spread(open_data("shapes", 16, "train"), 256))

@@ -363,7 +363,7 @@ def train(config, run, checkpoints, tokenizer, images):
     means, stop = Means(1 + len(GROUPS), run), StopRequest()
 
     def learn(_, *tensors):
-        """Forwards and backwards with a micro-batch: adds to the gradients, returns the loss of each token (micro, T)."""
+        """Forwards and backwards with a micro-batch: adds to the gradients, returns each token's loss (micro, T)."""
         with autocast(run.device, config.precision), attention_kernel(run.device):
             loss, losses = model(*tensors)                                        # (), (micro, T)
         scaler.scale(loss * micro / b).backward()

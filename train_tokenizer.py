@@ -139,8 +139,8 @@ def training_loss(model, latents, noise, t, k_keep, room):
     """How wrong the velocity is, for each sample (b,): the whole method in five lines.                (paper Sec. 3.1)
 
     latents: images as the VAE sees them, and noise: both (b, C, h, w). t (b,) in [0, 1]: how much noise is mixed in.
-    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room, b numbers, says which samples
-    of about equal k may go through together (`sample_k`).
+    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room, b numbers, says which
+    samples of about equal k may go through together (`sample_k`).
     """
     x_t = flow.interpolate(latents, noise, t)                                     # (b, C, h, w)
     # Encoder, quantiser, the first k_keep tokens, decoder. Each sample has a k of its own: then every step teaches what

@@ -25,8 +25,8 @@ import torch
 import flow
 import vae as stage0
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
-                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_log, read_saved, seed_step)
+                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli,
+                    generator, init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
 from images import psnr, save_curves, to_float
@@ -86,6 +86,7 @@ class VideoTrainConfig:
     seed: int = 0                    # of the weights, the data order and the noise
     device: str = "auto"             # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"          # auto, bf16, fp16 or fp32
+    compile: bool = False            # on a GPU, record a step as a CUDA graph; torch cannot compile the blocks yet
     log_every: int = 100             # steps
     eval_every: int = 5000           # steps; also saves
     eval_clips: int = 32             # held-out clips that are reconstructed
@@ -102,8 +103,8 @@ PRESETS = {
         steps=2000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1000),
 }
 # may differ when a run is resumed
-RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every", "eval_clips", "eval_timesteps",
-              "eval_guidance", "resume", "stop_at")
+RUN_FIELDS = ("out", "workers", "device", "precision", "compile", "log_every", "eval_every", "eval_clips",
+              "eval_timesteps", "eval_guidance", "resume", "stop_at")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -113,9 +114,9 @@ RUN_FIELDS = ("out", "workers", "device", "precision", "log_every", "eval_every"
 def training_loss(model, latents, noise, t, k_keep, room, prefix):
     """How wrong the velocity is, for each clip (b,).
 
-    latents and noise (b, C, T, h, w), t (b,), one for all frames of a clip; k_keep and room (b,) as in
+    latents and noise (b, C, T, h, w), t (b,), one for all frames of a clip; k_keep (b,) and room, b numbers, as in
     train_tokenizer.py, one for all rows of a clip. prefix (b,): so many latent frames are given clean. They are not
-    part of the loss: there is nothing to foresee. The last three lie on the CPU.
+    part of the loss: there is nothing to foresee.
     """
     given = given_rows(prefix, latents.shape[2], latents.device)                  # (b, T)
     x_t = flow.interpolate(latents, noise, t)                                     # (b, C, T, h, w)
@@ -142,6 +143,8 @@ def enter_stage(tokenizer, second):
     tokenizer.config = replace(tokenizer.config, dec_mask=tokenizer.decoder.mask)
     for part in (tokenizer.encoder, tokenizer.quantizer):
         part.requires_grad_(not second)
+        if second:
+            part.zero_grad(set_to_none=True)  # with gradients of zero, AdamW would still follow its momentum
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,6 +272,14 @@ def train(config, run, checkpoints):
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
             f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
 
+    def learn(stage_and_room, latents, noise, t, k_keep, prefix):
+        """Forwards and backwards with a batch: adds to the gradients, returns its losses (b,)."""
+        with autocast(run.device, config.precision), attention_kernel(run.device):
+            loss = training_loss(raw, latents, noise, t, k_keep, stage_and_room[1], prefix)  # (b,)
+        scaler.scale(loss.mean()).backward()
+        return loss.detach()
+    learn = recorded(learn, config, run)
+
     def evaluate_and_save(step, evaluating):
         enter_stage(ema.module, in_stage_2(config, step - 1))
         new = stop.unless_stopped(lambda: evaluate(ema.module, eval_clips, config, step)) if evaluating else metrics
@@ -293,15 +304,14 @@ def train(config, run, checkpoints):
             with torch.no_grad():
                 latents = raw.through_vae(vae.latents, clips)                     # (b, C, T, h, w)
             noise, t, k_keep, room = draw_noise(config, step, latents, run)
-            with autocast(run.device, config.precision), attention_kernel(run.device):
-                loss = training_loss(raw, latents, noise, t, k_keep, room, draw_prefix(config, step, run))  # (b,)
-            scaler.scale(loss.mean()).backward()
-            means.add(*by_t(loss.detach(), t, (k_keep == 0).to(run.device, non_blocking=True)))
+            prefix = draw_prefix(config, step, run).to(run.device, non_blocking=True)  # (b,)
+            loss = learn((in_stage_2(config, step), room), latents, noise, t, k_keep, prefix)  # (b,)
+            means.add(*by_t(loss, t, k_keep == 0))
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             ema.update_parameters(raw)
 
             done = step + 1

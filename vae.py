@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, autocast, check_range, check_run,
                     command, evaluation_due, fill_with_average, from_cli, generator, init_distributed, learning_rate,
-                    load_tensors, load_weights, provenance, read_json, read_log, save_tensors, shipped, shown,
-                    write_json)
+                    load_tensors, load_weights, provenance, read_json, read_log, recorded, save_tensors, shipped,
+                    shown, write_json)
 from data import batches, open_data, spread
 from images import psnr, save_curves, save_grid, to_float
 
@@ -394,7 +394,7 @@ class VAETrainConfig:
     seed: int = 0                # of the weights, the data order and the posterior noise
     device: str = "auto"         # auto, cpu, cuda, cuda:1, mps
     precision: str = "auto"      # auto, bf16, fp16 (GPUs without bf16), fp32
-    compile: bool = False        # torch.compile the networks: minutes at first, then faster steps
+    compile: bool = False        # torch.compile the networks; on one GPU, record a step as a CUDA graph
     workers: int = 0             # processes that read images
     log_every: int = 50          # steps between log lines
     eval_every: int = 1000       # steps between evaluations, each of which writes a checkpoint
@@ -563,6 +563,25 @@ def train(config, run, checkpoints, dataset, stage, later):
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {run.device}; {len(dataset):,} images of "
             f"{config.image_size}² pixels become {C} x {side}²; {run.world} processes; steps {start} to {config.steps}")
 
+    def learn(adversarial, images, noise):
+        """Forwards and backwards with a batch: adds to the gradients, returns l1, KL, PSNR and the critic's words (5,)."""
+        with autocast(run.device, config.precision):
+            loss, reconstructions, l1, kl = training_loss(model, images, noise, config.kl_weight)
+            gan = critic_loss = torch.zeros_like(l1)
+            if adversarial:
+                critic.requires_grad_(False)  # this pass teaches the VAE only
+                gan = -critic(reconstructions).mean()
+                weight = adaptive_weight(scaler.scale(l1), scaler.scale(gan), vae.decoder.conv_out.weight)
+                loss = loss + config.gan_weight * weight * gan
+        scaler.scale(loss).backward()
+        if adversarial:
+            critic.requires_grad_(True)
+            with autocast(run.device, config.precision):
+                critic_loss = hinge_loss(wrapped_critic(torch.cat([images, reconstructions.detach()])))
+            scaler.scale(critic_loss).backward()
+        return torch.stack([l1, kl, psnr(reconstructions.detach(), images).mean(), critic_loss, -gan]).detach()
+    learn, ones = recorded(learn, config, run), torch.ones(5, device=run.device)
+
     def evaluate_and_save(step, evaluating):
         calibrate(ema.module, calibration, run.device)  # always: a VAE without its scale is another one
         path = os.path.join(config.out, "reconstructions.png")
@@ -589,31 +608,14 @@ def train(config, run, checkpoints, dataset, stage, later):
             noise = torch.randn(config.batch_size, C, side, side, generator=source, device=run.device)  # (B, C, h, w)
 
             adversarial = config.gan_weight > 0 and step >= config.gan_start
-            with autocast(run.device, config.precision):
-                mine = noise[run.part(config.batch_size)]                         # (b, C, h, w)
-                loss, reconstructions, l1, kl = training_loss(model, images, mine, config.kl_weight)
-                if adversarial:
-                    critic.requires_grad_(False)  # this pass teaches the VAE only
-                    gan = -critic(reconstructions).mean()
-                    weight = adaptive_weight(scaler.scale(l1), scaler.scale(gan), vae.decoder.conv_out.weight)
-                    loss = loss + config.gan_weight * weight * gan
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            means.add(learn(adversarial, images, noise[run.part(config.batch_size)]), ones)
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
-            scaler.step(optimizer)
-            critic_loss, fooled = torch.zeros_like(l1), -gan if adversarial else torch.zeros_like(l1)
-            if adversarial:
-                critic.requires_grad_(True)
-                with autocast(run.device, config.precision):
-                    critic_loss = hinge_loss(wrapped_critic(torch.cat([images, reconstructions.detach()])))
-                critic_optimizer.zero_grad()
-                scaler.scale(critic_loss).backward()
-                scaler.step(critic_optimizer)
+            for each in (optimizer, critic_optimizer) if adversarial else (optimizer,):
+                scaler.step(each)
+                each.zero_grad(set_to_none=False)
             scaler.update()
             ema.update_parameters(vae)
-            decibels = psnr(reconstructions.detach(), images).mean()
-            means.add(torch.stack([l1, kl, decibels, critic_loss, fooled]), torch.ones(5, device=run.device))
 
             done = step + 1
             if done == config.stop_at:
