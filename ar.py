@@ -37,7 +37,6 @@ class GPTConfig:
     hidden: int = 0                   # of SwiGLU; 0: 8/3 of the width, rounded up to a multiple of 256
     classes: int = 0                  # how many classes it can be asked for; 0: none
     text_width: int = 0               # E, width of the text states it looks at; 0: no text
-    levels: tuple = ()                # FSQ's, to write tokens in two halves, see SplitHead; (): one table, official
     cfg_scale: float = 1.0            # the guidance that its maker recommends; 1.0: none
 
 
@@ -164,8 +163,7 @@ class Preprocessor(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.embedding = (SplitEmbedding(config.levels, config.width) if config.levels else
-                          nn.Embedding(config.vocab_size, config.width))
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.sos_token_embed = nn.Parameter(torch.empty(1, 1, config.width))
         self.positional_embedding = nn.Parameter(torch.empty(config.length, config.width))
         self.cls_embedding = nn.Embedding(config.classes, config.width) if config.classes else None
@@ -204,16 +202,13 @@ class Head(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.linear = (SplitHead(config.levels, config.width) if config.levels else
-                       nn.Linear(config.width, config.vocab_size, bias=False))
+        self.linear = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x):
         return self.linear(x)
 
     def loss(self, x, targets):
         """x (n, D), targets (n,) -> mean cross-entropy in nats, and each one's (n,), without gradient."""
-        if isinstance(self.linear, SplitHead):
-            return self.linear.loss(x, targets)
         return cross_entropy(x, self.linear.weight, targets)
 
 
@@ -255,8 +250,6 @@ class GPT(nn.Module):
     def __init__(self, config, text_encoder=None):
         """text_encoder: a `CaptionEncoder` whose states the blocks look at; None if states are given from outside."""
         super().__init__()
-        if config.levels and math.prod(config.levels) != config.vocab_size:
-            raise ValueError(f"levels {list(config.levels)} do not give a vocabulary of {config.vocab_size}")
         if config.width % config.head_dim:
             raise ValueError(f"width {config.width} is not a multiple of head_dim {config.head_dim}")
         if text_encoder is not None and text_encoder.width != config.text_width:
@@ -284,14 +277,9 @@ class GPT(nn.Module):
         for name, layer in self.trunk.named_modules():
             if name.endswith(("proj", "fc2")):
                 layer.weight.data *= (self.config.depth * (3 if self.config.text_width else 2)) ** -0.5
-        # beside the token vectors of SplitEmbedding, of std 0.5, positions of std 0.02 would not be seen
-        std = 0.3 if self.config.levels else 0.02
-        nn.init.normal_(self.preprocessor.sos_token_embed, std=std)
-        nn.init.normal_(self.preprocessor.positional_embedding, std=std)
-        if self.config.classes:
-            nn.init.normal_(self.preprocessor.cls_embedding.weight, std=std)
-        if not self.config.levels:  # zeros: all tokens are equally likely at first, and the first loss is ln V
-            nn.init.zeros_(self.head.linear.weight)
+        for vectors in (self.preprocessor.sos_token_embed, self.preprocessor.positional_embedding):
+            nn.init.normal_(vectors, std=0.02)
+        nn.init.zeros_(self.head.linear.weight)  # all tokens are equally likely at first, and the first loss is ln V
 
     @property
     def device(self):
@@ -595,84 +583,6 @@ def cross_entropy(hidden, weight, targets, chunk=0):
                             for h, t in zip(hidden.split(chunk), targets.split(chunk))])  # (n,)
         return losses.mean(), losses
     return ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Optional: tokens in two halves, for small priors (GPTConfig.levels). Not in the paper.
-
-
-class DigitTable(nn.Module):
-    """A vector for each of the Π levels values of a few FSQ digits: the sum of its digits' vectors, and one of its own.
-
-    What a digit says is learned from all tokens that have it, an eighth or a fifth of them. The own vectors, small at
-    first, learn what a sum cannot say.
-    """
-
-    def __init__(self, levels, width, std):
-        super().__init__()
-        self.digits = nn.ParameterList(torch.randn(count, width) * std for count in levels)
-        self.own = nn.Parameter(torch.randn(math.prod(levels), width) * std / 2)
-
-    def forward(self):
-        table = torch.zeros_like(self.own[:1])                                    # (1, D)
-        for digit in self.digits:  # the first is the least significant, so it runs fastest
-            table = (digit[:, None] + table).flatten(0, 1)                        # (its levels x those before, D)
-        return table + self.own                                                   # (Π levels, D)
-
-
-def in_halves(levels):
-    """FSQ's first and last digits, of which a token is made: (8, 8, 8), (5, 5, 5) have 512 and 125 values."""
-    return levels[:len(levels) // 2], levels[len(levels) // 2:]
-
-
-class SplitEmbedding(nn.Module):
-    """Tokens (B, n) -> vectors (B, n, D): that of the low half plus that of the high half; token = low + 512·high.
-
-    64,000 tokens are too many to meet each in a run of minutes, and a table of them would be most of a small prior.
-    """
-
-    def __init__(self, levels, width):
-        super().__init__()
-        self.low, self.high = (DigitTable(half, width, std=0.2) for half in in_halves(levels))
-
-    def forward(self, tokens):
-        low, high = self.low(), self.high()                                       # (512, D), (125, D)
-        return F.embedding(tokens % len(low), low) + F.embedding(tokens // len(low), high)  # (B, n, D)
-
-
-class SplitHead(nn.Module):
-    """p(token) = p(low half) · p(high half, given the low one): two small softmaxes in place of one of 64,000.
-
-    Any distribution over the tokens can be written so. The loss needs 512 + 125 logits per token (of the usual levels,
-    as below): with a full table it takes more time than all blocks of a small prior.
-    """
-
-    def __init__(self, levels, width):
-        super().__init__()
-        low, high = in_halves(levels)
-        # zeros: all tokens are equally likely at first, and the first loss is ln V
-        self.low, self.low_bias = DigitTable(low, width, std=0.0), nn.Parameter(torch.zeros(math.prod(low)))
-        self.high, self.high_bias = DigitTable(high, width, std=0.0), nn.Parameter(torch.zeros(math.prod(high)))
-        self.given_low = DigitTable(low, width, std=0.2)
-        self.hidden = nn.Linear(width, width)
-
-    def of_high(self, x, low):
-        """x (..., D), the vectors of low halves (..., D) -> logits (..., 125)."""
-        return F.linear(F.silu(self.hidden(x) + low), self.high(), self.high_bias)  # (..., 125)
-
-    def forward(self, x):
-        """x (..., D) -> log p, which are logits, of all tokens: (..., V)."""
-        low = F.linear(x, self.low(), self.low_bias).float().log_softmax(-1)      # (..., 512)
-        high = self.of_high(x[..., None, :], self.given_low()).float().log_softmax(-1)  # (..., 512, 125)
-        return (low[..., None] + high).transpose(-1, -2).flatten(-2)              # (..., 125·512), the low half fastest
-
-    def loss(self, x, targets):
-        """x (n, D), targets (n,) -> mean of -log p in nats, and each one's (n,), without gradient."""
-        low, high = targets % len(self.low_bias), targets // len(self.low_bias)   # (n,) each
-        of_low = F.linear(x, self.low(), self.low_bias).float()                   # (n, 512)
-        of_high = self.of_high(x, F.embedding(low, self.given_low())).float()     # (n, 125)
-        each = F.cross_entropy(of_low, low, reduction="none") + F.cross_entropy(of_high, high, reduction="none")  # (n,)
-        return each.mean(), each.detach()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ import train_video
 import vae as vae_module
 import video
 import vidtok
-from ar import GPT, DigitTable, GPTConfig, cross_entropy, draw, in_halves, probabilities
+from ar import GPT, GPTConfig, cross_entropy, draw, probabilities
 from common import Average, Run, UserError, from_cli, learning_rate, replacing
 from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
                     to_image, to_tensor)
@@ -2469,43 +2469,6 @@ def test_making_a_prior_leaves_its_caption_encoder_alone():
     before = {name: x.clone() for name, x in encoder.state_dict().items()}
     gpt = GPT(GPTConfig(vocab_size=20, length=4, width=32, depth=1, head_dim=16, text_width=24), encoder)
     assert all(torch.equal(x, before[name]) for name, x in gpt.text_encoder.state_dict().items())
-
-
-def test_tokens_in_two_halves_are_tokens(tmp_path):
-    gpt = GPT(GPTConfig(vocab_size=60, length=4, width=32, depth=1, head_dim=16, classes=3, levels=(4, 3, 5)))
-    tokens, labels = torch.randint(60, (2, 4)), torch.tensor([1, -1])
-    mean, _ = gpt.loss(tokens, labels)
-    assert abs(mean.item() - math.log(60)) < 1e-5  # begins with a guess, as the full table does
-    for parameter in gpt.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    # the head: log p of every token, which sums to 1, and the loss is minus that of the target
-    logits = gpt(tokens, labels)                                                  # (2, 4, 60)
-    assert torch.allclose(logits.exp().sum(-1), torch.ones(2, 4), atol=1e-5)
-    mean, each = gpt.loss(tokens, labels)
-    assert torch.allclose(each, -logits.gather(-1, tokens[..., None])[..., 0], atol=1e-5)
-    plain = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-    grads = [torch.autograd.grad(loss, list(gpt.head.parameters())) for loss in (mean, plain)]
-    assert all(torch.allclose(ours, by_hand, atol=1e-6) for ours, by_hand in zip(*grads))
-    # token 2 + 4·14: its low half is FSQ's first digit, 2, its high half the other two, 14 = 2 + 3·4
-    low, high = gpt.preprocessor.embedding.low, gpt.preprocessor.embedding.high
-    by_hand = low.digits[0][2] + low.own[2] + high.digits[0][2] + high.digits[1][4] + high.own[14]
-    assert torch.allclose(gpt.preprocessor.embedding(torch.tensor([[58]]))[0, 0], by_hand, atol=1e-6)
-    assert in_halves((4, 3, 5)) == ((4,), (3, 5)) and in_halves((8, 8, 8, 5, 5, 5)) == ((8, 8, 8), (5, 5, 5))
-    gpt.save_pretrained(str(tmp_path))
-    again = GPT.from_pretrained(str(tmp_path))
-    assert torch.equal(again.generate(labels=labels, temperature=0), gpt.generate(labels=labels, temperature=0))
-    with pytest.raises(UserError, match="two halves"):
-        export_official(gpt, str(tmp_path / "official"))
-    with pytest.raises(ValueError, match="vocabulary"):
-        GPT(dataclasses.replace(gpt.config, vocab_size=61))
-
-
-def test_the_rows_of_a_digit_table_are_in_the_order_of_tokens():
-    fsq, table = FSQ([4, 3, 5]), DigitTable((4, 3, 5), 8, std=1.0)
-    digits = (fsq.tokens_to_codes(torch.arange(60)) * fsq.half_width).round().long() + fsq.half_width  # (60, 3)
-    for row, own, wanted in zip(table(), table.own, digits.tolist()):
-        assert torch.allclose(row, sum(vectors[d] for vectors, d in zip(table.digits, wanted)) + own, atol=1e-6)
-    assert in_halves((7,)) == ((), (7,)) and DigitTable((), 8, std=1.0)().shape == (1, 8)  # one digit is all high half
 
 
 @pytest.mark.parametrize("call, words", [

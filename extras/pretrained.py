@@ -1185,8 +1185,6 @@ def export_flexar(gpt, directory, dtype, tokenizer):
     """A `GPT` -> config.yaml and model.safetensors, as released priors have them."""
     if gpt.text_encoder is not None:
         raise UserError("this prior reads captions through its own caption encoder; the official form knows only T5's")
-    if gpt.config.levels:
-        raise UserError("this prior writes tokens in two halves; the official form has full tables")
     path, tensors = os.path.join(directory, "config.yaml"), gpt.state_dict()
     text, varied = gpt.official.get("config", ""), FlexARConfig(**gpt.official.get("variants", {}))
     if not text or flexar_config(tensors, parse_yaml(text, path), path) != (gpt.config, varied):
