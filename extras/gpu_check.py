@@ -5,7 +5,7 @@ What only a GPU can show: does it compute what the CPU computes, and does it eve
     python -m extras.gpu_check watch train_tokenizer.py FLAGS  # runs a trainer and looks at 15 of its steps
 
 `parity` prints a line for each number: what it is, its value, the most it may be. `watch` prints the mean of a training
-step: its time in ms, how long the GPU worked in it, launches, memory, and each line of ours that waited for the GPU.
+step: its time in ms, how long the GPU worked in it, kernels, memory, and each line of ours that waited for the GPU.
 None should: while the host waits, it prepares no work, and then it is the GPU that waits.
 """
 import json
@@ -210,7 +210,7 @@ def watch(script, *flags):
             profiler.stop()
             rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
             ms = [row.self_device_time_total / 5000 for row in rows]
-            report.update(busy_ms=round(sum(ms), 1), launches=sum(row.count for row in rows) / 5,
+            report.update(busy_ms=round(sum(ms), 1), kernels=sum(row.count for row, x in zip(rows, ms) if x) / 5,
                           slowest={row.key[:40]: round(x, 2) for row, x in zip(rows[:6], ms)})
 
     register_optimizer_step_post_hook(after_step)

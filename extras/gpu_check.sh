@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
 # Is all well on this machine's GPU? One command, 8 minutes at most; nothing is downloaded:
 #     bash extras/gpu_check.sh                                            # everything
-#     PARTS=train LIMIT=540 PRESET=emoji64 bash extras/gpu_check.sh       # 9 minutes of training alone
+#     PARTS="parity runs watch" LIMIT=300 bash extras/gpu_check.sh        # whether it computes what a CPU computes
+#     PARTS=train LIMIT=540 bash extras/gpu_check.sh                      # 9 minutes of training alone
 #     DEVICE=cpu QUICK=1 bash extras/gpu_check.sh                         # tries this script itself, without a GPU
 # Parts, in this order:
 #   parity   CPU against GPU: every attention kernel forwards and backwards, tokens, images, prior, gradients
 #   runs     all trainers and sample.py for a few steps each: saved, resumed, compiled, under torchrun
-#   watch    15 training steps of PRESET and of d12-d12: time, how much of it the GPU worked, launches, waits, memory
+#   watch    15 training steps of PRESET, as it is and with --compile, and of d12-d12: time, how much of it the GPU
+#            worked, kernels, waits, memory
 #   bench    extras/bench.py, short
 #   train    a VAE, as much of PRESET as fits the time that is left, a prior, and their weights
 # Writes $OUT (out/gpu_check): report.txt, logs.tar.gz, picture.png; run/ and run-prior/ with a config.json each, and
 # their weights in 16 bits in parts of 15 MB (together again: cat run.weights.* > run/model.safetensors).
-# A good report ends in "all is well". Under watch, busy_ms should be near ms: else the GPU waits for Python.
+# A good report ends in "all is well". Under watch, busy_ms should be near ms: else the GPU waits for Python. On an H100
+# it does, without --compile. parity takes 60 s there, runs 150, watch 100, each start of Python about 10.
 set -u
 cd "$(dirname "$0")/.."
 LIMIT=${LIMIT:-480} DEVICE=${DEVICE:-cuda} QUICK=${QUICK:-} OUT=${OUT:-out/gpu_check} P=${PYTHON:-python} W=$(mktemp -d)
 PARTS=${PARTS:-parity runs watch bench train} PRESET=${PRESET:-emoji64${QUICK:+-cpu}} GPUS=1
 export PYTHONUNBUFFERED=1
+COMPILE=--compile; [ "$QUICK" ] && COMPILE=
 [ "$DEVICE" = cpu ] && export OMP_NUM_THREADS=1 || GPUS=$(nvidia-smi -L | wc -l)
 left() { echo $((LIMIT - SECONDS)); }
 say() { echo "[$SECONDS s] $*" | tee -a "$OUT/report.txt"; }
@@ -49,8 +53,9 @@ tokenizers() {
   step torchrun 120 1 $P -m torch.distributed.run --standalone --nproc_per_node "$GPUS" $T --out "$W/t3"
 }
 others() {
-  step vae 120 1 $V && step vae_resumed 90 1 $V --resume --precision "$FP16"
-  step prior 240 1 $A --workers 2 --stop_at 6 && step prior_resumed 120 1 $A --resume --micro_batch 16
+  step vae 120 1 $V $COMPILE --stop_at 9 && step vae_resumed 90 1 $V --resume --precision "$FP16"
+  step prior 240 1 $A --workers 2 --stop_at 6 &&
+    step prior_resumed 120 1 $A --resume --micro_batch 16 $COMPILE
   step generate 90 1 $P sample.py generate --text "red heart" $S/generate.png
   step reconstruct 90 6 $P sample.py reconstruct $S/reconstruct.png
 }
@@ -59,8 +64,10 @@ others() {
 RUN="train_tokenizer.py --device $DEVICE --vae $W/vae --preset $PRESET --eval_images 16 --eval_timesteps 5"
 RUN+=${QUICK:+ --batch_size 8 --cache_latents 0}
 WATCH="$P -m extras.gpu_check watch $RUN --steps 22 --warmup 2 --log_every 100 --autoencoder_share 0"
+[ "$QUICK" ] || WATCH+=" --cache_latents 1"
 B="$P -m extras.bench --device $DEVICE --precision bf16 --train_batch 32"
-[[ $PARTS == *watch* || $PARTS == *train* ]] && step "watch_$PRESET" 120 1 $WATCH --out "$W/w1"
+[[ $PARTS == *watch* ]] && step "watch_$PRESET" 120 1 $WATCH --out "$W/w1"
+[[ $PARTS == *watch* || $PARTS == *train* ]] && step "watch_compiled" 120 1 $WATCH --out "$W/w3" $COMPILE
 [[ $PARTS == *watch* ]] && [ -z "$QUICK" ] &&  # with the small VAE: it is the transformers that are watched
   step watch_d12-d12 120 1 $WATCH --preset d12-d12 --data emoji --batch_size 64 --out "$W/w2"
 B+=${QUICK:+ --preset tiny --repeats 1 --no-peak_memory}
@@ -71,15 +78,16 @@ if [[ $PARTS == *bench* ]] && [ -z "$QUICK" ]; then
 fi
 if [[ $PARTS == *train* ]]; then  # what is shipped: VAE, tokenizer, prior, as the presets say, but for their steps
   step train_vae 150 1 timeout -s TERM 145 $P vae.py --preset emoji64 --device "$DEVICE" --out "$W/v64" \
-    ${QUICK:+--steps 20}
-  # `watch` timed a step; 150 s are for filling caches, evaluating, the prior and packing
-  MS=$(tail -n 1 "$W/watch_$PRESET.log" | grep -o '"ms": [0-9]*' | grep -o '[0-9]*$' || echo 1000)
-  STEPS=$((900 * ($(left) - 150) / (MS + 1)))
+    ${QUICK:+--steps 20} $COMPILE
+  # `watch` timed a step; 230 s are for compiling, filling caches, evaluating, the prior and packing
+  MS=$(tail -n 1 "$W/watch_compiled.log" | grep -o '"ms": [0-9]*' | grep -o '[0-9]*$' || echo 1000)
+  STEPS=$((900 * ($(left) - 230) / (MS + 1)))
   [ -z "$QUICK" ] && [ "$STEPS" -gt 20 ] || STEPS=20
-  step train $(($(left) - 100)) 3 timeout -s TERM $(($(left) - 115)) $P ${RUN/"$W/vae"/"$W/v64"} --out "$W/run" \
-    --steps "$STEPS" --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2))
+  step train $(($(left) - 150)) 3 timeout -s TERM $(($(left) - 165)) $P ${RUN/"$W/vae"/"$W/v64"} --out "$W/run" \
+    --steps "$STEPS" --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2)) \
+    $COMPILE
   step train_prior $(($(left) - 30)) 1 timeout -s TERM $(($(left) - 40)) $P train_ar.py --preset "$PRESET" \
-    --device "$DEVICE" --tokenizer "$W/run" --out "$W/run-prior" --steps 3000 --eval_every 3000 \
+    --device "$DEVICE" --tokenizer "$W/run" --out "$W/run-prior" --eval_every 10000 $COMPILE \
     ${QUICK:+--steps 20 --warmup 5 --views 1}
   cp "$(find "$W/run" -name "step*.png" | sort | tail -n 1)" "$OUT/picture.png"
   step weights 30 0 $P -c "import torch; from ar import GPT; from model import FlexTok
