@@ -286,14 +286,13 @@ def copies(config):
 
     Near: no further from a training emoji, in the VAE's latents, than the tokenizer's rebuilding (all tokens) of a
     training emoji typically is from its original. For comparison, the same for held-out emoji rebuilt from all their
-    tokens and from one; and how many of these have a first token that a training emoji has too, or a view of one.
+    tokens and from one.
     """
-    check_range(config, 1, 191, "n")  # there are 191 held-out emoji
+    check_range(config, 1, 721, "n")  # there are 721 held-out emoji
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
     n, size = config.n, max(tokenizer.image_size)
-    # the shipped prior knows Noto's emoji and no names of styles
-    train, held_out = (Emoji(size, split, augment=False, styles=("noto",)) for split in ("train", "held_out"))
-    images, unseen = (spread(emoji, len(emoji)).to(gpt.device) for emoji in (train, held_out))  # (n, 3, S, S)
+    train, held_out = (Emoji(size, split, augment=False) for split in ("train", "held_out"))
+    images, unseen = spread(train, len(train)).to(gpt.device), spread(held_out, n).to(gpt.device)  # (N or n, 3, S, S)
 
     def latents_of(images):
         parts = [tokenizer.vae.latents(part.clamp(-1, 1)) for part in images.split(64)]
@@ -304,35 +303,20 @@ def copies(config):
 
     known, some = latents_of(images), torch.arange(n) * len(images) // n          # (N, C·h·w), (n,)
     near = (drawn(tokenizer.tokenize(images[some])) - known[some]).norm(dim=1).median()
-    rebuilt = tokenizer.tokenize(unseen[:n])                                      # n x (1, K)
+    rebuilt = tokenizer.tokenize(unseen)                                          # n x (1, K)
     for name, tokens in (("generated", written(gpt, labels=torch.arange(n) % gpt.config.classes)),
                          ("rebuilt held-out", rebuilt), ("the same from one token", [row[:, :1] for row in rebuilt])):
         distance = torch.cdist(drawn(tokens), known).min(1).values                # (n,), to the nearest training emoji
         least, middle, most = (x / near for x in (distance.min(), distance.median(), distance.max()))
         print(f"{name}: {(distance <= near).sum()} of {n} are near copies; nearest {least:.2f} to {most:.2f}, median "
               f"{middle:.2f} times the distance of a rebuilt training emoji", flush=True)
-    first_tokens(tokenizer, images, unseen)
-    for name, emoji, rows in (("training", train, some.tolist()), ("held-out", held_out, range(n))):
-        tokens = written(gpt, captions=[emoji.thing(i)["caption"] for i in rows])
+    for name, emoji, rows in (("training", train, some.tolist()), ("held-out", held_out, spread_rows(held_out, n))):
+        tokens = written(gpt, captions=[emoji.caption(i) for i in rows])
         nearest_one = torch.cdist(drawn(tokens), known).argmin(1).tolist()        # n: which emoji it looks like
         right = sum(train.label(j) == emoji.label(i) for i, j in zip(rows, nearest_one))
         same = sum(i == j for i, j in zip(rows, nearest_one)) if emoji is train else 0
         print(f"by {name} captions: nearest to the emoji asked for {same}, to one of its category {right} of {n}",
               flush=True)
-
-
-def first_tokens(tokenizer, images, unseen):
-    """Print how many of the images `unseen` have a first token of a training image, or of one of 20 views of one."""
-    views, rng = Emoji(max(tokenizer.image_size), "train", styles=("noto",)), np.random.default_rng(0)
-    wanted, used = torch.cat(tokenizer.tokenize(unseen, k=1)), []                 # (191, 1)
-    for count in range(1, 21):
-        if count > 1:  # the first view is the image as it is
-            images = to_float(torch.stack([views.get(i, rng) for i in range(len(views))])).to(wanted.device)
-        used += tokenizer.tokenize(images, k=1)                                   # count·n x (1, 1)
-        if count in (1, 20):
-            seen = torch.cat(used).unique()
-            print(f"first tokens of {count} views of each training emoji: {len(seen)}; "
-                  f"{torch.isin(wanted, seen).sum()} of {len(unseen)} held-out emoji have one of them", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

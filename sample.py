@@ -12,11 +12,11 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py mix                                      # out/mix.png: first tokens of one, the rest of another
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
-    python sample.py reconstruct a.gif b.mp4 --checkpoint out/video-cpu     # clips; encode and decode likewise
-    python sample.py generate --text "a red star moves left, slowly" --checkpoint out/video-cpu \\
+    python sample.py reconstruct a.gif b.mp4 --tokenizer out/video-cpu     # clips; encode and decode likewise
+    python sample.py generate --text "a red star moves left, slowly" --tokenizer out/video-cpu \\
         --prior out/video-cpu-prior
 
-With no --checkpoint the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say
+With no --tokenizer the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say
 of them. Takes seconds on a CPU.                                           Next: train_tokenizer.py, to train your own
 """
 import difflib
@@ -52,9 +52,9 @@ class Reconstruct:
     n: int = 8                        # at most this many images
     ks: tuple = (0,)                  # numbers of tokens; 0: 1, 2, 4, ..., all
     timesteps: int = 25               # steps of the flow sampler
-    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the checkpoint recommends
+    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
-    checkpoint: str = SHIPPED         # directory of a tokenizer
+    tokenizer: str = SHIPPED          # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
     precision: str = "auto"           # fp32, bf16, fp16: of the flow decoder; auto: bf16 if CUDA has it, else fp32
 
@@ -73,10 +73,10 @@ class Generate:
     top_k: int = 0                    # choose among this many likeliest tokens; 0: all
     top_p: float = 0.0                # choose among the likeliest that together reach this probability; 0: all
     timesteps: int = 25               # steps of the flow sampler
-    guidance_scale: float = 0.0       # guidance of the decoder; 1.0: none; 0.0: what the checkpoint recommends
+    guidance_scale: float = 0.0       # guidance of the decoder; 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the tokens and of the sampler's noise
     stream: bool = False              # write an animation, one frame per token
-    checkpoint: str = SHIPPED         # directory of a tokenizer
+    tokenizer: str = SHIPPED          # directory of a tokenizer
     prior: str = SHIPPED + "/prior"   # directory of a prior trained on its tokens
     device: str = "auto"              # auto, cpu, cuda, mps
     precision: str = "auto"           # fp32, bf16, fp16: of decoder and prior; auto: bf16 if CUDA has it, else fp32
@@ -89,9 +89,9 @@ class Mix:
     out: str = "out/mix.png"          # the picture to write
     n: int = 8                        # at most this many pairs
     timesteps: int = 25               # steps of the flow sampler
-    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the checkpoint recommends
+    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
-    checkpoint: str = SHIPPED         # directory of a tokenizer
+    tokenizer: str = SHIPPED          # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
     precision: str = "auto"           # fp32, bf16, fp16: of the flow decoder; auto: bf16 if CUDA has it, else fp32
 
@@ -102,7 +102,7 @@ class Encode:
     paths: tuple = ()                 # images and folders
     out: str = "out/tokens.json"      # .json (with the names), or .npy (int64, one row an image)
     k: int = 0                        # tokens per image; 0: all
-    checkpoint: str = SHIPPED         # directory of a tokenizer
+    tokenizer: str = SHIPPED          # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
 
 
@@ -113,9 +113,9 @@ class Decode:
     out: str = "out/decoded.png"      # a picture, a row per image and a column per k; or a folder, for single images
     ks: tuple = (0,)                  # keep only this many tokens; 0: all there are
     timesteps: int = 25               # steps of the flow sampler
-    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the checkpoint recommends
+    guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
-    checkpoint: str = SHIPPED         # directory of a tokenizer
+    tokenizer: str = SHIPPED          # directory of a tokenizer
     device: str = "auto"              # auto, cpu, cuda, mps
     precision: str = "auto"           # fp32, bf16, fp16: of the flow decoder; auto: bf16 if CUDA has it, else fp32
 
@@ -127,12 +127,12 @@ class Decode:
 def reconstruct(config):
     """Write the grid: original, then the image rebuilt from each number of tokens; print the mean PSNR of each."""
     check_sampling(config)
-    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
+    if config.tokenizer != SHIPPED and is_video(config.tokenizer):
         return reconstruct_clips(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
     check_page(config)
-    tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K = tokenizer.config.registers
     ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
     names, images = chosen(config, tokenizer)
@@ -154,7 +154,7 @@ def generate(config):
     check_range(config, -1000, 1000, "cfg_scale")
     if config.temperature != -1:
         check_range(config, 0, math.inf, "temperature")
-    of_clips = config.checkpoint != SHIPPED and is_video(config.checkpoint)
+    of_clips = config.tokenizer != SHIPPED and is_video(config.tokenizer)
     moving = config.stream or of_clips
     out = "out/generate.webp" if moving and config.out == Generate.out else config.out
     check_ending(out, *((".webp", ".gif") if moving else (".png",)))
@@ -163,7 +163,7 @@ def generate(config):
     check_page(config)
     if config.html and config.stream:
         raise UserError("--html and --stream: choose one; the page shows every step as well")
-    tokenizer, gpt = load(config.checkpoint, config.prior, pick_device(config.device), weights_type(config))
+    tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device), weights_type(config))
     k, = token_counts([config.k * (tokenizer.rows if of_clips else 1)], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
@@ -197,7 +197,7 @@ def mix(config):
     check_sampling(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
-    tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     A, B = pairs(config, tokenizer)                                               # (n, 3, H, W) each
     rest, first = (torch.cat(tokenizer.tokenize(images)) for images in (A, B))    # (n, K) each
     js, columns = [0, *powers_of_two(first.shape[1])], []
@@ -212,10 +212,10 @@ def encode(config):
     """Images -> a file of tokens. Only 32 images are in memory at a time, so that a folder may hold any number."""
     if not config.paths:
         raise UserError("encode: name at least one image or folder")
-    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
+    if config.tokenizer != SHIPPED and is_video(config.tokenizer):
         return encode_clips(config)
     check_ending(config.out, ".json", ".npy")
-    tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     k, = token_counts([config.k], tokenizer.config.registers)
     names, rows, images = [], [], read_images(config.paths, tokenizer.image_size)
     while part := list(itertools.islice(images, 32)):
@@ -238,10 +238,10 @@ def decode(config):
     if len(config.paths) != 1:
         raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
     check_sampling(config)
-    if config.checkpoint != SHIPPED and is_video(config.checkpoint):
+    if config.tokenizer != SHIPPED and is_video(config.tokenizer):
         return decode_clips(config)
     check_ending(config.out, ".png", "")
-    tokenizer = FlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
     token_counts(config.ks, min(map(len, tokens)))
     columns = [[row[:k] if k else row for row in tokens] for k in config.ks]      # B x (k,) each
@@ -261,7 +261,7 @@ def decode(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The same for clips, if --checkpoint is a VideoFlexTok
+# The same for clips, if --tokenizer is a VideoFlexTok
 
 
 SECONDS = 10.0  # of each clip that `reconstruct` shows
@@ -275,7 +275,7 @@ def reconstruct_clips(config):
     check_range(config, 1, math.inf, "n")
     out = "out/reconstruct.webp" if config.out == Reconstruct.out else config.out
     check_ending(out, ".webp", ".gif")
-    tokenizer = VideoFlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K, sizes = tokenizer.config.registers, tokenizer.config
     ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
     if config.paths:
@@ -297,7 +297,7 @@ def reconstruct_clips(config):
 def encode_clips(config):
     """Clips -> a .json file of tokens. One window is in memory at a time, so that clips may be of any length."""
     check_ending(config.out, ".json")
-    tokenizer = VideoFlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     k, = token_counts([config.k], tokenizer.config.registers)
     sizes, clips = tokenizer.config, []
     for name in map(shipped, config.paths):
@@ -314,7 +314,7 @@ def decode_clips(config):
     """A file of tokens -> one animation of all clips, a column per k; or a folder of single ones, as .webp."""
     out = "out/decoded.webp" if config.out == Decode.out else config.out
     check_ending(out, ".webp", ".gif", ".mp4", "")
-    tokenizer = VideoFlexTok.from_pretrained(config.checkpoint, device=pick_device(config.device))
+    tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     names, tokens = read_clip_tokens(config.paths[0], tokenizer)                  # B names, B x (t_i, k_i)
     token_counts(config.ks, min(x.shape[1] for x in tokens))
     if out.endswith((".webp", ".gif")):

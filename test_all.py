@@ -2862,7 +2862,7 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     prior = a_small_prior(tmp_path / "prior", tokenizer)
 
     def generate(*arguments):
-        models = ["--checkpoint", tiny_tokenizer, "--prior", prior]
+        models = ["--tokenizer", tiny_tokenizer, "--prior", prior]
         sample.main(["generate", *models, "--timesteps", "2", "--n", "3", *arguments])
     generate("--label", "heart", "--out", "a.png")
     generate("--label", str(KINDS.index("heart")), "--out", "b.png")
@@ -2881,7 +2881,7 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
             (("--label", "hart"), "--label hart: expected 0 to 7, or a name such as heart, star"),
             (("--k", "5"), "k = 5: expected 1 to 4 tokens"), (("--stream", "--out", "x.png"), "--out x.png"),
             (("--top_p", "2"), "--top_p 2"), (("--n", "0"), "--n 0"), (("--prior", "nowhere"), "nowhere"),
-            (("--checkpoint", sample.SHIPPED), "writes 4 tokens out of 12, but"),
+            (("--tokenizer", sample.SHIPPED), "writes 4 tokens out of 12, but"),
             (("--temperature", "nan"), "--temperature nan")):
         with pytest.raises(UserError, match=re.escape(message)):
             generate(*arguments)
@@ -2891,9 +2891,9 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     torch.nn.init.normal_(other.encoder.head.weight)
     other.save_pretrained(str(tmp_path / "other"))
     with pytest.raises(UserError, match="trained on the tokens of another tokenizer"):
-        generate("--checkpoint", str(tmp_path / "other"))
+        generate("--tokenizer", str(tmp_path / "other"))
     with pytest.raises(UserError, match="trained on the tokens of another tokenizer"):  # also if named by its file
-        generate("--checkpoint", str(tmp_path / "other"), "--prior", f"{prior}/model.safetensors")
+        generate("--tokenizer", str(tmp_path / "other"), "--prior", f"{prior}/model.safetensors")
     assert FlexTok.from_pretrained(f"{tiny_tokenizer}/model.safetensors").recommended_guidance == 1.0
     generate("--text", "red", "blue", "--out", "two.png")
 
@@ -3944,7 +3944,7 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
     movie = to_float(MovingShapes(16, frames=30).get(3))                          # (3, 30, 16, 16)
     clips.write_clip("a.gif", movie)
     clips.write_clip("b.webp", movie[:, :5])
-    with_model = ["--checkpoint", clip_run, "--timesteps", "2"]
+    with_model = ["--tokenizer", clip_run, "--timesteps", "2"]
     sample.main(["reconstruct", "a.gif", "b.webp", *with_model])
     said = capsys.readouterr()
     assert "k =   4:" in said.out and "a.gif: the last 5 of 30 frames" in said.err
@@ -3952,7 +3952,7 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
     assert length("out/reconstruct.webp") == 25
     sample.main(["--n", "2", "--ks", "1", "--out", "held.gif", *with_model])
     assert length("held.gif") == 9
-    sample.main(["encode", "a.gif", "b.webp", "--k", "3", "--checkpoint", clip_run])
+    sample.main(["encode", "a.gif", "b.webp", "--k", "3", "--tokenizer", clip_run])
     stored = json.load(open("out/tokens.json"))["clips"]
     assert [clip["name"] for clip in stored] == ["a.gif", "b.webp"]
     tokenizer = video.VideoFlexTok.from_pretrained(clip_run)
@@ -3975,7 +3975,7 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
                         (["encode", "a.gif", "--out", "a.npy"], "json"),
                         (["reconstruct", "a.gif", "--out", "a.png"], "webp or .gif")):
         with pytest.raises((UserError, OSError), match=words):
-            sample.main([*argv, "--checkpoint", clip_run])
+            sample.main([*argv, "--tokenizer", clip_run])
 
 
 def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypatch, capsys):
@@ -3999,7 +3999,7 @@ def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypat
     monkeypatch.setattr(MovingShapes, "__len__", lambda self: 40)
     assert train_ar.main(config)["held_out"] > 0
     assert len(list(clips.frames_of("prior/step0000002.webp", 16))) == 9 and os.path.exists("prior/inputs.webp")
-    options = ["--checkpoint", clip_run, "--prior", "prior", "--n", "2", "--timesteps", "2"]
+    options = ["--tokenizer", clip_run, "--prior", "prior", "--n", "2", "--timesteps", "2"]
     sample.main(["generate", "--text", "a red star moves left, slowly", *options])
     sample.main(["generate", "--label", "left, slowly", "--k", "2", "--out", "two.gif", *options])
     for path in ("out/generate.webp", "two.gif"):
@@ -4086,12 +4086,12 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     monkeypatch.setattr(evaluate, "Emoji", FewEmoji)
     evaluate.main(["copies", tiny_tokenizer, prior, "--n", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and re.match(r"generated: \d of 3 are near copies", lines[0]) and lines[6].endswith("of 3")
+    assert len(lines) == 5 and re.match(r"generated: \d of 3 are near copies", lines[0]) and lines[4].endswith("of 3")
     other = FlexTok.from_pretrained(tiny_tokenizer)
     torch.nn.init.normal_(other.encoder.head.weight)
     other.save_pretrained(str(tmp_path / "other"))
     for arguments, message in ((["copy"], "copy: expected .*; did you mean copies?"), (["generation", "gone"], "gone"),
-                               (["copies", "--n", "0"], "--n 0: expected 1 to 191"),
+                               (["copies", "--n", "0"], "--n 0: expected 1 to 721"),
                                (["generation", str(tmp_path / "other"), prior], "tokens of another tokenizer than")):
         with pytest.raises(UserError, match=message):
             evaluate.main(arguments)
@@ -5091,7 +5091,7 @@ def test_sample_rebuilds_encodes_and_decodes_from_the_command_line(tmp_path, mon
     for i, size in enumerate([(40, 30), (20, 70)]):
         noise_image(*size, seed=i).save(f"folder/{i}.png")
     open("folder/broken.png", "wb").write(b"\x89PNG broken")
-    here = ["--checkpoint", checkpoint, "--device", "cpu"]
+    here = ["--tokenizer", checkpoint, "--device", "cpu"]
     sample.main(["folder", "folder/0.png", *here, "--ks", "1", "16", "--timesteps", "2"])
     printed = capsys.readouterr()
     assert printed.err.count("broken.png") == 1 and "k =  16" in printed.out
@@ -5101,14 +5101,14 @@ def test_sample_rebuilds_encodes_and_decodes_from_the_command_line(tmp_path, mon
     with monkeypatch.context() as patched:  # 2 images in each of 20 folders, and never more than 32 at once
         patched.setattr(FlexTok, "tokenize",
                         lambda self, images, k: seen.append(len(images)) or tokenize(self, images, k=k))
-        sample.main(["encode", *["folder"] * 20, "--checkpoint", checkpoint, "--k", "1", "--out", "many.npy"])
+        sample.main(["encode", *["folder"] * 20, "--tokenizer", checkpoint, "--k", "1", "--out", "many.npy"])
     assert seen == [32, 8] and np.load("many.npy").shape == (40, 1)
     for name in ("tokens.json", "tokens.npy"):
-        sample.main(["encode", "folder", "--checkpoint", checkpoint, "--k", "4", "--out", name])
+        sample.main(["encode", "folder", "--tokenizer", checkpoint, "--k", "4", "--out", name])
     stored = json.load(open("tokens.json"))
     assert stored["vocab_size"] == 64_000 and [len(image["tokens"]) for image in stored["images"]] == [4, 4]
     assert np.load("tokens.npy").tolist() == [image["tokens"] for image in stored["images"]]
-    arguments = ["--checkpoint", checkpoint, "--timesteps", "2", "--ks", "1", "4", "--guidance_scale", "2", "--out"]
+    arguments = ["--tokenizer", checkpoint, "--timesteps", "2", "--ks", "1", "4", "--guidance_scale", "2", "--out"]
     sample.main(["decode", "tokens.npy", *arguments, "images"])
     assert sorted(os.listdir("images")) == ["000_0_k001.png", "000_0_k004.png", "001_1_k001.png", "001_1_k004.png"]
     assert Image.open("images/000_0_k004.png").size == (16, 16)
@@ -5168,7 +5168,7 @@ def test_a_page_is_one_file_that_fetches_nothing_and_shows_every_image_with_its_
 
 def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, tiny_tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--checkpoint", tiny_tokenizer, "--timesteps", "1"]
+    small = ["--tokenizer", tiny_tokenizer, "--timesteps", "1"]
     noise_image(20, 20).save("<b>&.png")
     sample.main(["reconstruct", "<b>&.png", *small, "--html", "new/page.html"])
     page = Page("new/page.html")
@@ -5181,10 +5181,10 @@ def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, t
     assert [img.get("data-k") for img in page.all("img")] == [None, "1", "4"] * 2
     assert emoji.caption(0) in page.texts and emoji.caption(len(emoji) // 2) in page.texts
     prior = a_small_prior(tmp_path / "prior", FlexTok.from_pretrained(tiny_tokenizer))
-    sample.main(["generate", *small, "--prior", prior, "--text", "<i>", "--label", "ring", "--html", "new.html"])
+    sample.main(["generate", *small, "--prior", prior, "--text", "<i>", "--label", "star", "--html", "new.html"])
     page = Page("new.html")
     assert [img["data-k"] for img in page.all("img")] == ["1", "2", "3", "4"] * 10
-    assert page.texts.count("<i>, ring") == 10 and Image.open("out/generate.png").size[1] > 1280
+    assert page.texts.count("<i>, star") == 10 and Image.open("out/generate.png").size[1] > 1280
 
 
 def test_mix_takes_the_first_tokens_of_one_image_and_the_rest_of_another(tmp_path, tiny_tokenizer, monkeypatch, capsys):
@@ -5194,7 +5194,7 @@ def test_mix_takes_the_first_tokens_of_one_image_and_the_rest_of_another(tmp_pat
     seen = []
     monkeypatch.setattr(sample, "sample", lambda tokenizer, tokens, config: seen.append(torch.stack(tokens)) or
                         torch.zeros(1, 3, 16, 16))
-    sample.main(["mix", "0.png", "1.png", "--checkpoint", tiny_tokenizer])
+    sample.main(["mix", "0.png", "1.png", "--tokenizer", tiny_tokenizer])
     both = torch.stack([to_tensor(read_image(f"{i}.png")) for i in range(2)])
     a, b = torch.cat(FlexTok.from_pretrained(tiny_tokenizer).tokenize(both)).tolist()
     assert [mixed.tolist() for mixed in seen] == [[b[:j] + a[j:]] for j in (0, 1, 2, 4)]
@@ -5255,7 +5255,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
             (["image.png", "--guidance_scale", "nan"], "--guidance_scale nan"),
             (["image.png", "--out", "image.png/x.png"], "image.png"),
             (tokens("h.json", [[1]]) + ["--timesteps", "1", "--out", "n" * 300], "nnn: File name too long"),
-            (["image.png", "--checkpoint", "gone"], "no directory gone"),
+            (["image.png", "--tokenizer", "gone"], "no directory gone"),
             (tokens("i.json", [[1, None, 3]]), "i.json: .*None"),
             (["decode", "header.npy"], "header.npy: cannot be read"),
             (["genrate", "--n", "2"], "genrate: .*did you mean generate"),
@@ -5267,8 +5267,8 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
             (["generate", "--html", "x.html", "--stream"], "--html and --stream: choose one"),
             (["mix", "image.png"], "mix: 1 images, expected an even number"),
             (["mix", "image.png", "gone.png"], "gone.png"), (["mix", "--out", "mix.gif"], "mix.gif.*png")]:
-        if "--checkpoint" not in arguments:
-            arguments = [*arguments, "--checkpoint", checkpoint]
+        if "--tokenizer" not in arguments:
+            arguments = [*arguments, "--tokenizer", checkpoint]
         with pytest.raises(SystemExit) as caught:
             common.command(sample.main, arguments)
         stderr = capsys.readouterr().err
