@@ -5,6 +5,7 @@ All tests, in reading order. Each section's header says which mistakes it exists
 """
 import ast
 import base64
+import contextlib
 import copy
 import dataclasses
 import glob
@@ -26,6 +27,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 import zlib
 
 import numpy as np
@@ -342,6 +344,20 @@ def test_groups_of_about_equal_k_change_nothing_and_give_every_parameter_a_gradi
         fast.square().mean().backward()
         assert [name for name, p in tokenizer.named_parameters() if p.requires_grad and p.grad is None] == []
         assert (tokenizer(latents, x_t, t, k_keep) - plain).abs().max() < 1e-5
+
+
+def test_groups_come_back_in_the_order_of_the_batch_and_are_made_once():
+    room, x, y, seen = (64, 16, 100, 16, 64, 16), torch.randn(6, 2, 3), torch.arange(6), []
+    def velocity(k, x, y):
+        seen.append((k, y.tolist()))
+        return x * k + y[:, None, None]
+    wanted = x * torch.tensor(room)[:, None, None] + y[:, None, None]
+    assert torch.equal(model.in_groups(velocity, room, x, y), wanted)
+    assert seen == [(16, [1, 3, 5]), (64, [0, 4]), (100, [2])]
+    # a recording (common.Recorded) reads these indices where they lie: another step must not make others
+    again = model.groups_of(tuple(list(room)), x.device)
+    assert again is model.groups_of(room, x.device) and model.groups_of(room[:2], x.device) is not again
+    assert torch.equal(model.in_groups(velocity, room[:2], x[:2], y[:2]), wanted[:2])
 
 
 @torch.no_grad()
@@ -2919,6 +2935,56 @@ def trainer(request, tiny_vae, tiny_tokenizer, tiny_tokens, few_scenes):
 
 def test_no_attention_is_left_to_cudnn():
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_recorded_function_adds_the_gradients_of_a_plain_one(monkeypatch):
+    """The GPU is played: what is asked for while it records is done at each replay instead, on the same memory."""
+    weights, optimizers, asked, recording = [], [], [], []
+    for _ in range(2):
+        weights.append(torch.nn.Parameter(torch.ones(3)))
+        optimizers.append(torch.optim.AdamW(weights[-1:], lr=0.1))
+
+    def learn(weight, factor, x, nothing):
+        assert nothing is None
+        loss = (factor * (weight * x).square()).sum(1)                            # (b,)
+        loss.mean().backward()
+        return loss.detach()
+
+    def ask(*args):
+        asked.append(args[0])
+        if not recording:
+            return learn(weights[0], *args)
+        result = torch.full(args[1].shape[:1], math.nan)                          # (b,)
+        recording[0].replay = lambda: result.copy_(learn(weights[0], *args))
+        return result
+
+    @contextlib.contextmanager
+    def graph(mine, **_):
+        recording.append(mine)
+        yield
+        recording.clear()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    taught = common.Recorded(ask)
+    # two calls a step; another factor or another shape is recorded anew, also if it is one of before
+    for factor, b, steps in ((1.0, 4, 5), (2.0, 4, 3), (2.0, 5, 4), (1.0, 4, 1)):
+        asked.clear()
+        for _ in range(steps):
+            for x in torch.randn(2, b, 3):
+                got = taught(factor, x, None).clone()
+                assert torch.equal(got, learn(weights[1], factor, x, None))
+                x.zero_()  # its own copy was recorded
+            assert torch.equal(weights[0].grad, weights[1].grad)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+        assert asked == [factor] * min(4, 2 * steps)
+    assert torch.equal(*weights)
+    on_gpu, compiled = Run(torch.device("cuda")), types.SimpleNamespace(compile=True)
+    assert isinstance(common.recorded(ask, compiled, on_gpu), common.Recorded)
+    for run, config in ((Run(torch.device("cpu")), compiled), (Run(torch.device("cuda"), 0, 2), compiled),
+                        (on_gpu, types.SimpleNamespace(compile=False))):
+        assert common.recorded(ask, config, run) is ask
 
 
 @pytest.mark.filterwarnings("ignore")
