@@ -226,6 +226,8 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # a CUDA graph records what runs on the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device auto") from None
     return device
@@ -347,8 +349,9 @@ class Recorded:
     def __call__(self, what, *tensors):
         """function(what, *tensors). `what`: all that is no tensor; tensors: on the GPU, or None.
 
-        With another `what`, or other shapes, it is recorded anew. The first three calls run as they are: in them torch
-        chooses and compiles kernels, and makes gradients.
+        With another `what`, or other shapes, it is recorded anew: micro-batches below 16, whose samples are grouped
+        otherwise each time, never are. The first three calls run as they are: in them torch chooses and compiles
+        kernels, and makes gradients.
         """
         key = (what, *(x if x is None else x.shape for x in tensors))
         if key != self.key:

@@ -511,11 +511,11 @@ def in_groups(velocity, room, *tensors):
     return torch.cat(results)[order]                                              # (B, C, h, w)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=None)
 def groups_of(room, device):
     """room, B numbers -> [(k, who has it: (b,) int64), ...], and the order (B,) that puts them back as they were.
 
-    Kept on `device`, as training asks for the same in every step.
+    Kept on `device`, as training asks for the same in every step, and a recorded step reads them there.
     """
     places = torch.tensor(room)                                                   # (B,)
     groups = [(k, (places == k).nonzero().squeeze(1)) for k in sorted(set(room))]  # (b,) each

@@ -956,8 +956,8 @@ def test_vae_training_learns_saves_what_from_pretrained_opens_and_scales_latents
     config = dataclasses.replace(VAE_TINY, out=str(tmp_path / "run"), image_size=16, batch_size=16, steps=60,
                                  gan_weight=0.0, lr=5e-3)
     metrics = vae_module.main(config)
-    first, *_, last = [line for line in records(tmp_path / "run") if "l1" in line]
-    assert metrics["held_out_psnr"] > first["psnr"] + 3 and last["l1"] < 0.7 * first["l1"]
+    first, *later = [line for line in records(tmp_path / "run") if "l1" in line]
+    assert metrics["held_out_psnr"] > first["psnr"] + 4 and np.mean([x["l1"] for x in later[-10:]]) < 0.7 * first["l1"]
     vae = VAE.from_pretrained(tmp_path / "run")
     with torch.no_grad():
         latents = vae.latents(spread(open_data("shapes", 16, "train"), 256))
@@ -2562,9 +2562,7 @@ def test_a_saved_prior_is_read_back(tmp_path, changes):
     ({"prior": {"classes": -1}}, "classes is -1"),
     ({"prior": {"cfg_scale": [1]}}, "cfg_scale is [1], expected a number above 0"),
     ({"prior": {"cfg_scale": math.nan}}, "cfg_scale is nan"),
-    ({"prior": {"levels": 5}}, "levels is 5, expected a list"),
-    ({"prior": {"levels": ["8"]}}, "levels is ['8']"),
-    ({"prior": {"levels": [8] * 10**4}}, "does not describe a prior"),
+    ({"prior": {"levels": ["8"]}}, "unknown field 'levels'"),
     ({"prior": [1]}, "prior is [1]"), ({"prior": None}, "prior is None"), ({"text_encoder": 5}, "text_encoder is 5"),
     ({"text_encoder": {"width": "24"}}, "text_encoder: width is '24'"),
     ({"text_encoder": {"depth": 10**9}}, "1000 blocks"),
@@ -2622,6 +2620,11 @@ def test_captions_become_words_of_bytes_with_an_end():
 
 def test_letters_and_words_in_another_order_are_another_caption():
     encoder = CaptionEncoder(CaptionConfig())
+    assert all(torch.equal(x, y) for x, y in zip(encoder.tokenize(["Red,STAR "]), encoder.tokenize(["red star"])))
+    padded, mask = encoder.tokenize(["red star"], multiple=4)                     # (1, 4, P), (1, 4)
+    assert mask.tolist() == [[True] * 3 + [False]]
+    states = encoder(padded, mask)[0][:, :3]                                      # (1, 3, E)
+    assert torch.allclose(states, encoder(*encoder.tokenize(["red star"]))[0], atol=1e-6)
     states, _ = encoder(*encoder.tokenize(["red star", "star red", "der star", "red tsar"]))  # (4, 3, E)
     apart = torch.cdist(states.flatten(1), states.flatten(1)) + 10 * torch.eye(4)
     assert apart.min() > 0.1

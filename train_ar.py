@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
-from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
-                    check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average, from_cli,
-                    generator, init_distributed, learning_rate, provenance, read_log, recorded, seconds_of, seed_step,
-                    shipped)
+from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, StopRequest, UserError, attention_kernel,
+                    autocast, check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average,
+                    from_cli, generator, init_distributed, learning_rate, provenance, read_log, recorded, seconds_of,
+                    seed_step, shipped)
 from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import save_curves, save_grid, to_float
@@ -410,7 +410,7 @@ def train(config, run, checkpoints, tokenizer, images):
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
             ema.update_parameters(raw)
 
             done = step + 1

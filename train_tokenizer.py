@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Average, Checkpoints, Log, Means, Run, Scaler, StopRequest, UserError, attention_kernel, autocast,
-                    barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seconds_of, seed_step,
-                    shard, snapshot)
+from common import (Average, Checkpoints, Log, Means, Recorded, Run, Scaler, StopRequest, UserError, attention_kernel,
+                    autocast, barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli,
+                    generator, init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seconds_of,
+                    seed_step, shard, snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import save_curves, save_grid, to_float
@@ -454,7 +454,7 @@ def train(config, run, checkpoints, dataset):
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
             ema.update_parameters(raw)
 
             done = step + 1

@@ -24,9 +24,9 @@ import torch
 
 import flow
 import vae as stage0
-from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, attention_kernel, autocast,
-                    check_range, check_run, command, evaluation_due, fill_with_average, from_cli,
-                    generator, init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seed_step)
+from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, StopRequest, UserError, attention_kernel,
+                    autocast, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
+                    init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
 from images import psnr, save_curves, to_float
@@ -156,11 +156,12 @@ def train_vae(config, run):
     out = os.path.join(config.out, "vae")
     settings = stage0.VAETrainConfig(**{
         **stage0.PRESETS[config.vae_preset], "image_size": config.image_size, "out": out, "seed": config.seed,
-        "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision})
+        "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision,
+        "compile": config.compile})
     saved = read_saved(out)
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
         return out
-    if stage0.main(settings, "VAE:"):
+    if stage0.main(settings, "stage 1 of 2, VAE:"):
         return out
     print("stopped while the VAE was training; give the same command again to go on", flush=True)
     return ""
@@ -267,7 +268,8 @@ def train(config, run, checkpoints):
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
     start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log, means, stop = Log(config.out, run, start, "tokenizer:", config.steps), Means(6, run), StopRequest()
+    stage = "tokenizer:" if config.vae else "stage 2 of 2, tokenizer:"
+    log, means, stop = Log(config.out, run, start, stage, config.steps), Means(6, run), StopRequest()
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
             f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
@@ -311,7 +313,7 @@ def train(config, run, checkpoints):
             grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
             ema.update_parameters(raw)
 
             done = step + 1

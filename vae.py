@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Average, Checkpoints, Log, Means, Scaler, StopRequest, UserError, autocast, check_range, check_run,
-                    command, evaluation_due, fill_with_average, from_cli, generator, init_distributed, learning_rate,
-                    load_tensors, load_weights, provenance, read_json, read_log, recorded, save_tensors, shipped,
-                    shown, write_json)
+from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, StopRequest, UserError, autocast, check_range,
+                    check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
+                    learning_rate, load_tensors, load_weights, provenance, read_json, read_log, recorded, save_tensors,
+                    shipped, shown, write_json)
 from data import batches, open_data, spread
 from images import psnr, save_curves, save_grid, to_float
 
@@ -564,7 +564,7 @@ def train(config, run, checkpoints, dataset, stage, later):
             f"{config.image_size}² pixels become {C} x {side}²; {run.world} processes; steps {start} to {config.steps}")
 
     def learn(adversarial, images, noise):
-        """Forwards and backwards with a batch: adds to the gradients, returns l1, KL, PSNR and the critic's words (5,)."""
+        """Forwards and backwards with a batch: adds to the gradients, returns (5,): what the log says of its losses."""
         with autocast(run.device, config.precision):
             loss, reconstructions, l1, kl = training_loss(model, images, noise, config.kl_weight)
             gan = critic_loss = torch.zeros_like(l1)
@@ -613,7 +613,7 @@ def train(config, run, checkpoints, dataset, stage, later):
             grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
             for each in (optimizer, critic_optimizer) if adversarial else (optimizer,):
                 scaler.step(each)
-                each.zero_grad(set_to_none=False)
+                each.zero_grad(set_to_none=not isinstance(learn, Recorded))
             scaler.update()
             ema.update_parameters(vae)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Is all well on this machine's GPU? One command, 8 minutes at most; nothing is downloaded:
-#     bash extras/gpu_check.sh                                            # everything
+#     bash extras/gpu_check.sh                                            # everything but train
 #     PARTS="parity runs watch" LIMIT=300 bash extras/gpu_check.sh        # whether it computes what a CPU computes
 #     PARTS=train LIMIT=540 bash extras/gpu_check.sh                      # 9 minutes of training alone
 #     DEVICE=cpu QUICK=1 bash extras/gpu_check.sh                         # tries this script itself, without a GPU
@@ -13,12 +13,12 @@
 #   train    a VAE, as much of PRESET as fits the time that is left, a prior, and their weights
 # Writes $OUT (out/gpu_check): report.txt, logs.tar.gz, picture.png; run/ and run-prior/ with a config.json each, and
 # their weights in 16 bits in parts of 15 MB (together again: cat run.weights.* > run/model.safetensors).
-# A good report ends in "all is well". Under watch, busy_ms should be near ms: else the GPU waits for Python. On an H100
-# it does, without --compile. parity takes 60 s there, runs 150, watch 100, each start of Python about 10.
+# A good report ends in "all is well". Under watch, busy_ms should be near ms: else the GPU waits for Python, as an H100
+# does without --compile. There parity takes 60 s, runs 150, watch 100, each start of Python about 10.
 set -u
 cd "$(dirname "$0")/.."
 LIMIT=${LIMIT:-480} DEVICE=${DEVICE:-cuda} QUICK=${QUICK:-} OUT=${OUT:-out/gpu_check} P=${PYTHON:-python} W=$(mktemp -d)
-PARTS=${PARTS:-parity runs watch bench train} PRESET=${PRESET:-emoji64${QUICK:+-cpu}} GPUS=1
+PARTS=${PARTS:-parity runs watch bench} PRESET=${PRESET:-emoji64${QUICK:+-cpu}} GPUS=1
 export PYTHONUNBUFFERED=1
 COMPILE=--compile; [ "$QUICK" ] && COMPILE=
 [ "$DEVICE" = cpu ] && export OMP_NUM_THREADS=1 || GPUS=$(nvidia-smi -L | wc -l)
@@ -53,9 +53,11 @@ tokenizers() {
   step torchrun 120 1 $P -m torch.distributed.run --standalone --nproc_per_node "$GPUS" $T --out "$W/t3"
 }
 others() {
-  step vae 120 1 $V $COMPILE --stop_at 9 && step vae_resumed 90 1 $V --resume --precision "$FP16"
+  step vae 120 1 $V $COMPILE --stop_at 9 && step vae_resumed 90 1 $V --resume --precision "$FP16" $COMPILE
   step prior 240 1 $A --workers 2 --stop_at 6 &&
     step prior_resumed 120 1 $A --resume --micro_batch 16 $COMPILE
+  step video 150 1 $P train_video.py --preset video-cpu $ALL --vae "$W/v" --batch_size 4 --eval_clips 2 $COMPILE \
+    --out "$W/video"
   step generate 90 1 $P sample.py generate --text "red heart" $S/generate.png
   step reconstruct 90 6 $P sample.py reconstruct $S/reconstruct.png
 }
@@ -77,16 +79,17 @@ if [[ $PARTS == *bench* ]] && [ -z "$QUICK" ]; then
   step bench_generate 60 3 $B generate --size 85M --generate_batches 1 64 --length 64 --compile
 fi
 if [[ $PARTS == *train* ]]; then  # what is shipped: VAE, tokenizer, prior, as the presets say, but for their steps
-  step train_vae 150 1 timeout -s TERM 145 $P vae.py --preset emoji64 --device "$DEVICE" --out "$W/v64" \
+  UNTIL="timeout --preserve-status -s TERM"  # then it saves, and that is well
+  step train_vae 150 1 $UNTIL 145 $P vae.py --preset emoji64 --device "$DEVICE" --out "$W/v64" \
     ${QUICK:+--steps 20} $COMPILE
   # `watch` timed a step; 230 s are for compiling, filling caches, evaluating, the prior and packing
   MS=$(tail -n 1 "$W/watch_compiled.log" | grep -o '"ms": [0-9]*' | grep -o '[0-9]*$' || echo 1000)
   STEPS=$((900 * ($(left) - 230) / (MS + 1)))
   [ -z "$QUICK" ] && [ "$STEPS" -gt 20 ] || STEPS=20
-  step train $(($(left) - 150)) 3 timeout -s TERM $(($(left) - 165)) $P ${RUN/"$W/vae"/"$W/v64"} --out "$W/run" \
+  step train $(($(left) - 150)) 3 $UNTIL $(($(left) - 165)) $P ${RUN/"$W/vae"/"$W/v64"} --out "$W/run" \
     --steps "$STEPS" --warmup $((STEPS / 20)) --log_every $((STEPS / 20)) --eval_every $((STEPS / 2)) \
     $COMPILE
-  step train_prior $(($(left) - 30)) 1 timeout -s TERM $(($(left) - 40)) $P train_ar.py --preset "$PRESET" \
+  step train_prior $(($(left) - 30)) 1 $UNTIL $(($(left) - 40)) $P train_ar.py --preset "$PRESET" \
     --device "$DEVICE" --tokenizer "$W/run" --out "$W/run-prior" --eval_every 10000 $COMPILE \
     ${QUICK:+--steps 20 --warmup 5 --views 1}
   cp "$(find "$W/run" -name "step*.png" | sort | tail -n 1)" "$OUT/picture.png"
