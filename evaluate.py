@@ -13,6 +13,7 @@ networks that are not here. The trainers call the first two at every evaluation.
     python evaluate.py reconstruction                     # shipped weights and held-out emoji; a few minutes on a CPU
     python evaluate.py generation out/cpu out/cpu-prior --data shapes   # after both trainers' --preset cpu
     python evaluate.py copies                             # shipped weights: how many new emoji are near copies?
+    python evaluate.py clips                              # the shipped video tokenizer: kind, colour, direction, speed
 Next: train_tokenizer.py
 """
 import sys
@@ -26,7 +27,8 @@ from torch import nn
 from ar import GPT
 from common import (Means, Run, UserError, autocast, check_output, check_range, command, from_cli, learning_rate,
                     nearest, pick_device)
-from data import BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Shapes, open_data, spread, spread_rows
+from data import (BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, PLACES, SPEEDS, Emoji, Shapes, open_clips, open_data, spread,
+                  spread_rows)
 from images import psnr, save_grid, ssim, to_float
 from model import FlexTok, powers_of_two
 from video import ClipSequences, VideoFlexTok, is_video
@@ -45,6 +47,17 @@ class Reconstruction:
     timesteps: int = 25                  # steps of the flow sampler
     guidance_scale: float = 0.0          # 1.0: none; 0.0: what the checkpoint recommends
     out: str = "out/reconstruction.png"  # picture of the first eight
+    device: str = "auto"                 # auto, cpu, cuda, mps
+
+
+@dataclass
+class Clips:
+    """Held-out drawn clips of one shape, rebuilt from 1, 2, 4, ... tokens a row: what is it, where does it go?"""
+    tokenizer: str = "assets/video"      # directory of a video tokenizer
+    n: int = 128                         # at most this many clips
+    judge_steps: int = 1500              # to train the judge, on drawn scenes
+    timesteps: int = 25                  # steps of the flow sampler
+    guidance_scale: float = 0.0          # 1.0: none; 0.0: what the checkpoint recommends
     device: str = "auto"                 # auto, cpu, cuda, mps
 
 
@@ -370,6 +383,53 @@ def rebuild(config):
     print(f"distinct tokens at a position: {least} to {most}, mean {mean:.1f}")
 
 
+def centres(clips):
+    """Clips (n, 3, F, S, S) of one shape on a plain ground -> where it is, x and y in sides of the frame: (n, F, 2)."""
+    S, edges = clips.shape[-1], torch.cat([clips[..., 0, :], clips[..., -1, :]], -1)  # (n, 3, F, 2·S)
+    ground = edges.median(-1).values[..., None, None]                             # (n, 3, F, 1, 1)
+    weight = ((clips - ground).abs().sum(1) - 0.3).clamp(min=0)                   # (n, F, S, S), 0 where it is the ground
+    at = (torch.arange(S, device=clips.device) + 0.5) / S                         # (S,)
+    total = weight.sum((2, 3)).clamp(min=1e-6)                                    # (n, F)
+    return torch.stack([(weight.sum(2) * at).sum(2) / total, (weight.sum(3) * at).sum(2) / total], -1)  # (n, F, 2)
+
+
+def rebuild_clips(config):
+    """Print what clips rebuilt from each number of tokens are worth."""
+    check_range(config, 1, 500, "n", "timesteps")
+    check_range(config, 1, 100_000, "judge_steps")
+    tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
+    size, frames, later = tokenizer.frame_size[0], tokenizer.config.frames, 4
+    held_out = open_clips("moving", size, "held_out", frames=frames)
+    movies = {i: held_out.factors(i) for i in range(len(held_out))}
+    rows = [i for i, movie in movies.items() if len(movie.movers) == 1  # and on its way straight on in the first frames
+            and not held_out.place(movie.movers[0], later)[1]][:config.n]
+    shapes, movers = [movies[i].movers[0].shape for i in rows], [movies[i].movers[0] for i in rows]
+    clips = to_float(torch.stack([held_out.get(i) for i in rows])).to(pick_device(config.device))  # (n, 3, F, S, S)
+    wanted = {"kind": torch.tensor([KINDS.index(x.kind) for x in shapes]),
+              "colour": torch.tensor([list(COLOURS).index(x.colour) for x in shapes]),
+              "background": torch.tensor([list(BACKGROUNDS).index(movies[i].background) for i in rows])}
+    ways = torch.tensor([DIRECTIONS[x.direction] for x in movers])                # (n, 2)
+    quick = torch.tensor([x.speed == "quickly" for x in movers])                  # (n,)
+    between = later * sum(SPEEDS.values()) / 2  # slowly is less, quickly more
+    tokens, ks = tokenizer.tokenize(clips), powers_of_two(tokenizer.config.registers)
+    scale = config.guidance_scale or tokenizer.recommended_guidance
+    columns = {"original": clips, "VAE": tokenizer.vae.decode(tokenizer.vae.latents(clips))}
+    columns |= {f"k={k}": draw(tokenizer, [x[..., :k] for x in tokens], config.timesteps, scale) for k in ks}
+    judge = Judge("shapes", size, config.judge_steps)
+    print(f"{len(rows)} clips of one shape; what it is in the first frame, how it moves in the first {later + 1}; "
+          f"guidance {scale:g}")
+    for name, column in columns.items():
+        verdict, _ = judge.verdict(column[:, :, 0], wanted)
+        at = centres(column.clamp(-1, 1).cpu())                                   # (n, F, 2)
+        moved = at[:, later] - at[:, 0]                                           # (n, 2)
+        straight = moved * (moved.abs() == moved.abs().amax(1, keepdim=True))     # (n, 2), along the longer axis
+        found = {} if name == "original" else {"PSNR": psnr(column, clips).cpu()}
+        found |= {what: verdict[what] for what in wanted}
+        found |= {"direction": (straight.sign() == ways).all(1).float(),
+                  "speed": ((straight.abs().sum(1) > between) == quick).float()}
+        print(f"{name:>14}:", "  ".join(f"{what} {'%.2f ±%.2f' % interval(x)}" for what, x in found.items()), flush=True)
+
+
 def generate(config):
     """Print what images written for held-out captions are worth, beside real ones and rebuilt ones."""
     check_range(config, 1, 100_000, "n", "judge_steps")
@@ -395,7 +455,7 @@ def generate(config):
 
 
 COMMANDS = {"reconstruction": (rebuild, Reconstruction), "generation": (generate, Generation),
-            "copies": (copies, Copies)}
+            "copies": (copies, Copies), "clips": (rebuild_clips, Clips)}
 
 
 def main(argv):

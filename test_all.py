@@ -4167,6 +4167,20 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     assert "python evaluate.py generation" in capsys.readouterr().out
 
 
+def test_clips_are_judged_by_where_their_shape_is(clip_run, capsys):
+    held_out = MovingShapes(32, "held_out")
+    alone = [i for i in range(40) if len(held_out.factors(i).movers) == 1]
+    at = evaluate.centres(to_float(torch.stack([held_out.get(i) for i in alone])))  # (n, F, 2)
+    for place, i in zip(at, alone):
+        mover = held_out.factors(i).movers[0]
+        for frame in (0, 9, 16):
+            shape = held_out.place(mover, frame)[0]
+            assert math.dist(place[frame], (shape.x, shape.y)) < 0.07  # the middle of a heart is not its origin
+    evaluate.main(["clips", clip_run, "--n", "6", "--judge_steps", "1", "--timesteps", "1"])
+    _, original, of_vae, *by_k = capsys.readouterr().out.splitlines()
+    assert "direction 1.00" in original and "speed 1.00" in original and "PSNR" in of_vae and by_k[-1].strip()[:2] == "k="
+
+
 def test_the_judge_knows_training_pictures_and_what_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "open_data", lambda *names, **options: Shapes(16, "train", length=300))
     judge, scenes = evaluate.Judge("shapes", 16, 3), Shapes(16, "train", length=300)
