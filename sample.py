@@ -383,7 +383,7 @@ def chosen(config, tokenizer):
         read = list(itertools.islice(read_images(config.paths, tokenizer.image_size), config.n))
         names, images = [os.path.basename(name) for name, _ in read], torch.stack([image for _, image in read])
     else:  # what the shipped weights were not trained on
-        emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False, styles=("noto",))
+        emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False)
         images, names = spread(emoji, config.n), [emoji.caption(i) for i in spread_rows(emoji, config.n)]
     return names, images.to(pick_device(config.device))
 

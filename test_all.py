@@ -5259,7 +5259,7 @@ def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, t
     stored = FlexTok.from_pretrained(tiny_tokenizer).tokenize(to_tensor(fit(read_image("<b>&.png"), 16))[None])[0]
     assert [int(text) for text in page.texts if text.isdigit()] == stored[0].tolist()
     sample.main(["reconstruct", *small, "--html", "page.html", "--n", "2", "--ks", "4", "1"])
-    page, emoji = Page("page.html"), Emoji(16, "held_out", styles=("noto",))
+    page, emoji = Page("page.html"), Emoji(16, "held_out")
     assert [img.get("data-k") for img in page.all("img")] == [None, "1", "4"] * 2
     assert emoji.caption(0) in page.texts and emoji.caption(len(emoji) // 2) in page.texts
     prior = a_small_prior(tmp_path / "prior", FlexTok.from_pretrained(tiny_tokenizer))
