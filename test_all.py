@@ -5413,7 +5413,7 @@ def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
     assert rebuilt[0] + 0.5 < rebuilt[1] and rebuilt[1] + 0.5 < rebuilt[2]
     assert os.path.getsize(f"{HERE}/{sample.SHIPPED}/model.safetensors") < 20 * 2**20
     files = [os.path.join(folder, name) for folder, _, names in os.walk(f"{HERE}/assets") for name in names]
-    assert sum(map(os.path.getsize, files)) < 32 * 10**6
+    assert sum(map(os.path.getsize, files)) < 50 * 10**6
 
 
 def test_sampling_in_bfloat16_draws_nearly_the_same_and_a_cpu_stays_in_float32_unless_asked(tmp_path, monkeypatch):
@@ -5443,11 +5443,11 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
     emoji = Emoji(64, "train", augment=False, styles=("noto",))
     some = range(0, len(emoji), 60)
     tokens = torch.cat(tokenizer.tokenize(to_float(torch.stack([emoji.get(i, None) for i in some]))))
-    text, mask = gpt.encode_text([emoji.thing(i)["caption"] for i in some])
+    text, mask = gpt.encode_text([emoji.caption(i) for i in some])
     with torch.no_grad():
         asked, unasked = (gpt.loss(tokens, *condition)[1][:, 0].mean().item() for condition in
                           ((torch.tensor([emoji.label(i) for i in some]), text, mask), (None, None, None)))
-    assert asked + 0.3 < unasked < math.log(64_000)
+    assert asked + 0.3 < unasked < math.log(1024)
     monkeypatch.chdir(tmp_path)
     sample.main(["generate", "--text", "red heart", "--n", "2", "--timesteps", "2"])
     assert Image.open("out/generate.png").size[0] > 100

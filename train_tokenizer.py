@@ -8,7 +8,7 @@ Paper: FlexTok, arXiv 2502.13967. Differences: no REPA loss yet, plain AdamW ins
 choices for runs of minutes (`SHORT` below), off in the paper's presets.
 
     python train_tokenizer.py --preset cpu                                       # two cores; trains its VAE first
-    python train_tokenizer.py --preset emoji64                                   # one GPU
+    python train_tokenizer.py --preset emoji64 --compile                         # one GPU
     torchrun --nproc_per_node 8 train_tokenizer.py --preset d18-d28 --data /data/imagenet/train --vae out/vae_in1k
 
 Writes out/<run>/: config.json, model.safetensors (averaged weights: what sample.py reads), resume.pt, log.jsonl,
@@ -115,7 +115,7 @@ PRESETS = {
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=6,
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.2,
         steps=10_000, batch_size=64, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=1000),
-    "emoji64": dict(      # one GPU, minutes, with --compile: a deeper model, more views, as much of each step
+    "emoji64": dict(      # one H100, 5 minutes with --compile and a VAE at hand: a deeper model, more views
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16, workers=4,
         patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.15,
         steps=16_000, batch_size=256, lr=1.5e-3, warmup=500, ema_decay=0.999, eval_every=4000),
