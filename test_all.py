@@ -2694,7 +2694,7 @@ def test_ten_steps_of_the_prior_are_five_and_resume_and_five(tmp_path, tiny_toke
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
     assert (whole / "step0000010.png").exists()
     saved = GPT.from_pretrained(str(whole))
-    assert saved.config.classes == 8 and saved.config.length == 4 and saved.config.vocab_size == 12
+    assert saved.config.classes == 6 and saved.config.length == 4 and saved.config.vocab_size == 12
     assert saved.text_encoder is not None
 
 
@@ -2841,7 +2841,7 @@ def test_a_prior_learns_which_tokens_belong_to_which_class_and_caption():
     for step in range(160):
         by_class = step % 2
         loss, _ = train_ar.Loss(gpt)(tokens, torch.arange(2) if by_class else torch.full((2,), -1),
-                                     ["", ""] if by_class else captions)
+                                     *gpt.text_encoder.tokenize(["", ""] if by_class else captions))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
