@@ -387,7 +387,7 @@ def centres(clips):
     """Clips (n, 3, F, S, S) of one shape on a plain ground -> where it is, x and y in sides of the frame: (n, F, 2)."""
     S, edges = clips.shape[-1], torch.cat([clips[..., 0, :], clips[..., -1, :]], -1)  # (n, 3, F, 2·S)
     ground = edges.median(-1).values[..., None, None]                             # (n, 3, F, 1, 1)
-    weight = ((clips - ground).abs().sum(1) - 0.3).clamp(min=0)                   # (n, F, S, S), 0 where it is the ground
+    weight = ((clips - ground).abs().sum(1) - 0.3).clamp(min=0)                   # (n, F, S, S), 0 on the ground
     at = (torch.arange(S, device=clips.device) + 0.5) / S                         # (S,)
     total = weight.sum((2, 3)).clamp(min=1e-6)                                    # (n, F)
     return torch.stack([(weight.sum(2) * at).sum(2) / total, (weight.sum(3) * at).sum(2) / total], -1)  # (n, F, 2)
@@ -427,7 +427,8 @@ def rebuild_clips(config):
         found |= {what: verdict[what] for what in wanted}
         found |= {"direction": (straight.sign() == ways).all(1).float(),
                   "speed": ((straight.abs().sum(1) > between) == quick).float()}
-        print(f"{name:>14}:", "  ".join(f"{what} {'%.2f ±%.2f' % interval(x)}" for what, x in found.items()), flush=True)
+        words = [f"{what} {'%.2f ±%.2f' % interval(values)}" for what, values in found.items()]
+        print(f"{name:>14}:", "  ".join(words), flush=True)
 
 
 def generate(config):
