@@ -57,7 +57,7 @@ class Clips:
     n: int = 128                         # at most this many clips
     judge_steps: int = 1500              # to train the judge, on drawn scenes
     timesteps: int = 25                  # steps of the flow sampler
-    guidance_scale: float = 0.0          # 1.0: none; 0.0: what the checkpoint recommends
+    guidance_scale: float = 0.0          # 1.0: none; 0.0: what the tokenizer recommends
     device: str = "auto"                 # auto, cpu, cuda, mps
 
 
