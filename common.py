@@ -698,11 +698,13 @@ class Checkpoints:
     Use as a context: one process at a time, and the files that a killed one left half-written are removed. `saved` is
     the state to go on from, or None. free: the settings that may differ when a run is resumed. Raises `UserError` if
     the directory holds a run or a model already; on --resume, if it holds none, or one with other settings.
+    A trainer calls `restore`, then loops over `steps`.
     """
 
     def __init__(self, config, free, run):
         self.config, self.run, self.path = config, run, os.path.join(config.out, "resume.pt")
         self.writer, self.under_way, self.saved = ThreadPoolExecutor(1), None, None
+        self.stop, self.start, self.metrics = StopRequest(), 0, {}
         has_run, has_model = os.path.exists(self.path), os.path.exists(os.path.join(config.out, "config.json"))
         if not config.resume and has_run:
             raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another")
@@ -737,19 +739,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error):
+        self.stop.__exit__()  # the loop that `steps` feeds may have ended in an error
         self.writer.shutdown()
         if self.run.is_main:
             self.lock.__exit__(None, None, None)
 
     def restore(self, parts, export):
-        """Put the saved state into `parts`, {name: model, average or optimizer}; returns its step and metrics.
+        """Put the saved state into `parts`, {name: model, average or optimizer}; returns its step, 0 if there is none.
 
-        These are 0 and {} if nothing was saved. export(state): writes the model. If the process was killed between
-        resume.pt and the model, it is called now. Raises `UserError` for a state that does not fit.
+        export(state): writes the model. If the process was killed between resume.pt and the model, it is called now.
+        Raises `UserError` for a state that does not fit.
         """
         self.parts, self.export = parts, export
         if self.saved is None:
-            return 0, {}
+            return 0
         try:
             for name, part in parts.items():
                 like, saved = part.state_dict(), self.saved.get(name, {})
@@ -766,8 +769,52 @@ class Checkpoints:
                 export(self.saved)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: does not fit this run ({shown(str(error))})") from None
-        step, metrics, self.saved = self.saved["step"], self.saved["metrics"], None  # or all of it stays in memory
-        return step, metrics
+        self.start, self.metrics, self.saved = self.saved["step"], self.saved["metrics"], None  # frees the memory
+        return self.start
+
+    def steps(self, log, record, average, evaluate):
+        """Yield (step, learning rate) of each step to do; between them log, evaluate, save, and stop if asked to.
+
+        Within the loop `grad_norm` has to be set, to the norm () of the step's gradient. record() -> what the log says
+        of the steps since it was last asked: a dict with "loss". average() -> the averaged model, or None where another
+        process evaluates; all processes call it. evaluate(averaged, step) -> metrics, a dict; it changes nothing, so
+        that a signal may cut it short. Afterwards `metrics` is what the last evaluation said, {} if the run was stopped
+        (Ctrl-C, SIGTERM, --stop_at). Raises `UserError` for a loss or gradient that is not finite.
+        """
+        config, run, stop = self.config, self.run, self.stop
+
+        def evaluate_and_save(step, due):
+            if due:
+                averaged = average()
+                new = stop.unless_stopped(lambda: evaluate(averaged, step)) if averaged else None
+                self.metrics = new or {}
+                if new:
+                    log(step=step, **new)
+            self.save(step, self.metrics)
+            log.reset(step)  # this does not count as training time
+
+        with stop:
+            if evaluation_due(config, self.start) and not self.metrics:  # stopped before it, or within
+                evaluate_and_save(self.start, True)
+            for step in range(self.start, config.steps):
+                lr = learning_rate(step, config.lr, config.warmup, config.steps)
+                yield step, lr
+                done = step + 1
+                if done == config.stop_at:
+                    stop.requested = True
+                stopping, due = stop.agreed(run), evaluation_due(config, done)
+                if stopping or due or done % config.log_every == 0:
+                    seen = record()
+                    norm = self.finite(done, seen["loss"], self.grad_norm)
+                    log.training(done, config.batch_size, **seen, lr=lr, grad_norm=norm)
+                if stopping or due:
+                    evaluate_and_save(done, due)
+                if stopping or due and stop.agreed(run):  # asked again: a signal may have come meanwhile
+                    break
+            self.wait()
+            if stop.agreed(run):
+                log.say(f"stopped after step {log.logged}; go on with --resume")
+                self.metrics = {}
 
     def save(self, step, metrics):
         """Write the state after `step` steps, in a thread of its own: training goes on. All processes call this.
@@ -906,15 +953,15 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.requested = self.may_interrupt = False
+        self.requested, self.may_interrupt, self.before = False, False, {}
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        while self.before:
+            signal.signal(*self.before.popitem())
 
     def _ask(self, number, frame):
         again, self.requested = self.requested, True

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common import UserError, replacing
+from common import UserError, read_log, replacing
 
 # Only formats whose decoders stay inside Pillow: its EPS reader, for one, starts another program on the file.
 # Beside each the bytes that a pixel takes at most while it is read: some decoders hold several copies of the image.
@@ -266,6 +266,11 @@ def _card(name, original, rebuilt, tokens, width):
 PANEL = (1200, 680)  # width and height of one diagram, drawn twice as large and averaged down: that smooths the lines
 # Dark blue to orange, growing brighter: everybody can tell them apart, and their order is that of k or t.
 COLOURS = ((13, 8, 135), (126, 3, 168), (204, 71, 120), (246, 150, 60))
+
+
+def draw_curves(config, step, metrics):
+    """Redraw curves.png of a run: its log so far, and what is known after `step` steps."""
+    save_curves(os.path.join(config.out, "curves.png"), [*read_log(config.out), {"step": step, **metrics}])
 
 
 def save_curves(path, records):

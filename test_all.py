@@ -933,7 +933,7 @@ def resume_state(directory):
 def test_vae_training_10_steps_equals_5_then_a_signal_then_5_more_bit_for_bit(tmp_path, monkeypatch):
     whole, halves = (dataclasses.replace(VAE_TINY, out=str(tmp_path / name)) for name in ("whole", "halves"))
     metrics = vae_module.main(whole)
-    calls, agreed = [], vae_module.StopRequest.agreed
+    calls, agreed = [], common.StopRequest.agreed
 
     def sigterm_at_5(stop, run):
         calls.append(1)
@@ -941,7 +941,7 @@ def test_vae_training_10_steps_equals_5_then_a_signal_then_5_more_bit_for_bit(tm
             os.kill(os.getpid(), signal.SIGTERM)
         return agreed(stop, run)
 
-    monkeypatch.setattr(vae_module.StopRequest, "agreed", sigterm_at_5)
+    monkeypatch.setattr(common.StopRequest, "agreed", sigterm_at_5)
     assert vae_module.main(halves) == {}
     assert json.loads((tmp_path / "halves/config.json").read_text())["step"] == 5
     assert vae_module.main(dataclasses.replace(halves, resume=True)) == metrics
@@ -1812,9 +1812,9 @@ def test_stage_0_runs_first_if_no_vae_is_named_and_goes_on_after_a_stop(tmp_path
                  log_every=1)
     monkeypatch.setitem(vae_module.PRESETS, "small", small)
     for stop_in in (2, 4):  # the second time in the last step
-        agreed, calls = vae_module.StopRequest.agreed, []
+        agreed, calls = common.StopRequest.agreed, []
         with monkeypatch.context() as patch:  # Ctrl-C while the VAE trains
-            patch.setattr(vae_module.StopRequest, "agreed",
+            patch.setattr(common.StopRequest, "agreed",
                           lambda stop, run: calls.append(1) or len(calls) == stop_in and setattr(
                               stop, "requested", True) or agreed(stop, run))
             assert train(tmp_path / f"run{stop_in}", "", vae_preset="small", steps=2) == {}
@@ -1985,15 +1985,14 @@ def test_splitting_is_refused_without_other_processes_and_by_an_old_torch(tmp_pa
 def test_a_slow_save_does_not_hold_up_training_and_writes_what_was(tmp_path, monkeypatch, request, script):
     """The writer of step 2 waits until step 3 begins, which would be for ever if training waited for it."""
     if script == "vae":
-        module, start = vae_module, lambda out, **changes: vae_module.main(
-            dataclasses.replace(VAE_TINY, out=str(out), **changes))
+        start = lambda out, **changes: vae_module.main(dataclasses.replace(VAE_TINY, out=str(out), **changes))
     elif script == "prior":
         fixtures = [request.getfixturevalue(name) for name in ("tiny_tokenizer", "tiny_tokens", "few_scenes")]
-        module, start = train_ar, lambda out, **changes: train_prior(out, *fixtures[:2], **changes)
+        start = lambda out, **changes: train_prior(out, *fixtures[:2], **changes)
     else:
         vae = request.getfixturevalue("tiny_vae")
-        module, start = train_tokenizer, lambda out, **changes: train(out, vae, **changes)
-    save_resume, learning_rate, going_on = common.save_resume, module.learning_rate, threading.Event()
+        start = lambda out, **changes: train(out, vae, **changes)
+    save_resume, going_on = common.save_resume, threading.Event()
 
     def slow(path, state):
         assert going_on.wait(60)
@@ -2001,7 +2000,7 @@ def test_a_slow_save_does_not_hold_up_training_and_writes_what_was(tmp_path, mon
         shutil.copy(path, tmp_path / f"step{state['step']}.pt")
 
     monkeypatch.setattr(common, "save_resume", slow)
-    monkeypatch.setattr(module, "learning_rate",
+    monkeypatch.setattr(common, "learning_rate",
                         lambda step, *rest: (step == 3 and going_on.set(), learning_rate(step, *rest))[1])
     start(tmp_path / "run", steps=4, eval_every=2)
     assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == 4
@@ -3002,9 +3001,8 @@ def test_compiled_training_is_that_of_eager_in_four_graphs_at_most_and_resumes(t
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
     rate = learning_rate
-    for module in (vae_module, train_tokenizer, train_ar):  # which call it once a step
-        monkeypatch.setattr(module, "learning_rate",
-                            lambda *args: counts.append(counter.frame_count) or rate(*args))
+    monkeypatch.setattr(common, "learning_rate",  # called once a step
+                        lambda *args: counts.append(counter.frame_count) or rate(*args))
     exact = trainer(tmp_path / "eager", **settings)
     compiled = trainer(tmp_path / "compiled", compile=True, **settings)
     assert counts[-20] == 0 < counts[-19] <= counts[-10] == counts[-1] <= 4

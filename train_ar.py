@@ -25,13 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
-from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, StopRequest, UserError, attention_kernel,
-                    autocast, check_range, check_run, command, compile_blocks, evaluation_due, fill_with_average,
-                    from_cli, generator, init_distributed, learning_rate, provenance, read_log, recorded, seconds_of,
-                    seed_step, shipped)
+from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserError, attention_kernel, autocast,
+                    check_range, check_run, command, compile_blocks, fill_with_average, from_cli, generator,
+                    init_distributed, provenance, recorded, seconds_of, seed_step, shipped)
 from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
-from images import save_curves, save_grid, to_float
+from images import draw_curves, save_grid, to_float
 from text import CaptionConfig, CaptionEncoder
 from video import ClipSequences
 
@@ -294,6 +293,7 @@ def evaluate(gpt, tokenizer, held_out, config, step):
     columns, header = sample_grid(gpt, tokenizer, *held_out[1:], config.cfg_scale)
     rows = [[column[i] for column in columns] for i in range(8)]
     save_rows(os.path.join(config.out, f"step{step:07d}"), rows, header)
+    draw_curves(config, step, metrics)
     return metrics
 
 
@@ -358,9 +358,9 @@ def train(config, run, checkpoints, tokenizer, images):
             config.out, train=asdict(config), classes=dataset.classes, step=state["step"], metrics=state["metrics"],
             tokenizer=tokenizer.fingerprint(), **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
+    start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log = Log(config.out, run, start, "stage 2 of 2, prior:", config.steps)
-    means, stop = Means(1 + len(GROUPS), run), StopRequest()
+    means = Means(1 + len(GROUPS), run)
 
     def learn(_, *tensors):
         """Forwards and backwards with a micro-batch: adds to the gradients, returns each token's loss (micro, T)."""
@@ -374,62 +374,37 @@ def train(config, run, checkpoints, tokenizer, images):
             f"batch {config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; "
             f"steps {start} to {config.steps}")
 
-    def evaluate_and_save(step, evaluating):
-        new = stop.unless_stopped(lambda: evaluate(ema.module, tokenizer, held_out, config, step)) \
-            if evaluating and run.is_main else metrics
-        if new and evaluating and run.is_main:
-            log(step=step, **new)
-            save_curves(os.path.join(config.out, "curves.png"), read_log(config.out))
-        checkpoints.save(step, new or {})
-        log.reset(step)  # this does not count as training time
-        return new or {}
+    def record():
+        loss, *of_groups = means.take()
+        return dict(loss=loss, loss_by_position=of_groups)
+    steps = checkpoints.steps(log, record, lambda: ema.module if run.is_main else None,
+                              lambda averaged, step: evaluate(averaged, tokenizer, held_out, config, step))
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    with stop:
-        if evaluation_due(config, start) and not metrics:  # stopped before it, or within
-            metrics = evaluate_and_save(start, True)
-        for step in range(start, config.steps):
-            lr = learning_rate(step, config.lr, config.warmup, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            seed_step(config.seed, step, run)
-            tokens, labels, indices = next(stream)                                # (b, K), (b,), (b,)
-            tokens = tokens[:, :T].to(run.device, non_blocking=True)              # (b, T)
-            if step == 0 and run.is_main:
-                draw_inputs(tokenizer, tokens, config)
-            captions = [dataset.caption(i) for i in indices.tolist()]
-            labels, captions = drop_conditions(config, labels, captions, step, run)
-            labels = None if labels is None else labels.to(run.device, non_blocking=True)  # (b,)
-            words = (None, None) if captions is None else \
-                raw.text_encoder.tokenize(captions, multiple=16 if config.compile else 1)  # (b, M, P), (b, M)
-            for part in (slice(i, i + micro) for i in range(0, b, micro)):
-                model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
-                given = (x if x is None else x[part] for x in (tokens, labels, *words))
-                means.add(*by_position(learn(None, *given)))
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
-            ema.update_parameters(raw)
-
-            done = step + 1
-            if done == config.stop_at:
-                stop.requested = True
-            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
-            if stopping or evaluating or done % config.log_every == 0:
-                loss, *of_groups = means.take()
-                norm = checkpoints.finite(done, loss, grad_norm)
-                log.training(done, config.batch_size, loss=loss, loss_by_position=of_groups, lr=lr, grad_norm=norm)
-            if stopping or evaluating:
-                metrics = evaluate_and_save(done, evaluating)
-            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
-                break
-        checkpoints.wait()
-        if stop.agreed(run):
-            log.say(f"stopped after step {log.logged}; go on with --resume")
-            return {}
-    return metrics
+    for step, lr in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        seed_step(config.seed, step, run)
+        tokens, labels, indices = next(stream)                                # (b, K), (b,), (b,)
+        tokens = tokens[:, :T].to(run.device, non_blocking=True)              # (b, T)
+        if step == 0 and run.is_main:
+            draw_inputs(tokenizer, tokens, config)
+        captions = [dataset.caption(i) for i in indices.tolist()]
+        labels, captions = drop_conditions(config, labels, captions, step, run)
+        labels = None if labels is None else labels.to(run.device, non_blocking=True)  # (b,)
+        words = (None, None) if captions is None else \
+            raw.text_encoder.tokenize(captions, multiple=16 if config.compile else 1)  # (b, M, P), (b, M)
+        for part in (slice(i, i + micro) for i in range(0, b, micro)):
+            model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
+            given = (x if x is None else x[part] for x in (tokens, labels, *words))
+            means.add(*by_position(learn(None, *given)))
+        scaler.unscale_(optimizer)
+        checkpoints.grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
+        ema.update_parameters(raw)
+    return checkpoints.metrics
 
 
 def open_trained(config, run):

@@ -26,13 +26,12 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Average, Checkpoints, Log, Means, Recorded, Run, Scaler, StopRequest, UserError, attention_kernel,
-                    autocast, barrier, check_range, check_run, command, evaluation_due, fill_with_average, from_cli,
-                    generator, init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seconds_of,
-                    seed_step, shard, snapshot)
+from common import (Average, Checkpoints, Log, Means, Recorded, Run, Scaler, UserError, attention_kernel, autocast,
+                    barrier, check_range, check_run, command, fill_with_average, from_cli, generator, init_distributed,
+                    provenance, read_saved, recorded, seconds_of, seed_step, shard, snapshot)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
-from images import save_curves, save_grid, to_float
+from images import draw_curves, save_grid, to_float
 from model import Attention, FlexTok, TokenizerConfig, make_quantizer, sample_k, unloaded
 from vae import VAE
 
@@ -228,24 +227,32 @@ def go_on_from(directory, tokenizer):
     tokenizer.load_state_dict(trained.state_dict())
 
 
-def train_vae(config, run, n):
-    """Train the VAE into <out>/vae, or the rest of it; returns the directory, or "" if it was stopped. n: images."""
+def train_vae(config, run, stage, later=lambda vae: 0.0, **settings):
+    """Train the VAE of --vae_preset, but for `settings`, into <out>/vae, or what is left of it.
+
+    Returns the directory, or "" if it was stopped. stage: what the log calls it. later(vae): the seconds that the
+    stages after it will take.
+    """
     out = os.path.join(config.out, "vae")
     settings = stage0.VAETrainConfig(**{
-        **stage0.PRESETS[config.vae_preset], "data": config.data, "image_size": config.image_size, "out": out,
+        **stage0.PRESETS[config.vae_preset], "image_size": config.image_size, "out": out, "seed": config.seed,
         "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision,
-        "compile": config.compile, "workers": config.workers, "seed": config.seed})
+        "compile": config.compile, "workers": config.workers, **settings})
     saved = read_saved(out)
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
         return out
-    vae = VAE(stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset])))
-    an_image, the_training = seconds_to_come(config, run, vae)
-    encoded = config.cache_latents * n or config.steps * config.batch_size // run.world  # images for the VAE
-    done = stage0.main(settings, stage_of(config, 1, "VAE"), an_image * encoded + the_training)
+    done = stage0.main(settings, stage, later(VAE(stage0.vae_config_of(settings))))
     barrier(run)  # the main process writes, all read
     if not done and run.is_main:
         print("stopped within stage 1, the VAE; give the same command again to go on", flush=True)
     return out if done else ""
+
+
+def seconds_after_vae(config, run, vae, n):
+    """About how long n images will take through `vae`, and then the tokenizer."""
+    an_image, the_training = seconds_to_come(config, run, vae)
+    encoded = config.cache_latents * n or config.steps * config.batch_size // run.world  # images for the VAE
+    return an_image * encoded + the_training
 
 
 def seconds_to_come(config, run, vae):
@@ -332,6 +339,7 @@ def evaluate(tokenizer, images, config, step):
     metrics, columns, header = reconstruction(tokenizer, images, config.eval_timesteps, config.eval_guidance)
     rows = [[column[i] for column in columns] for i in range(min(8, len(images)))]
     save_grid(os.path.join(config.out, f"step{step:07d}.png"), rows, header)
+    draw_curves(config, step, metrics)
     return metrics
 
 
@@ -369,7 +377,8 @@ def train(config, run, checkpoints, dataset):
     # ---- data -------------------------------------------------------------------------------------------------
     b = config.batch_size // run.world  # images of this process per step
     micro = config.micro_batch or b     # images of one forward pass
-    vae_directory = config.vae or train_vae(config, run, len(dataset))
+    vae_directory = config.vae or train_vae(config, run, stage_of(config, 1, "VAE"), data=config.data,
+                                            later=lambda vae: seconds_after_vae(config, run, vae, len(dataset)))
     if not vae_directory:
         return {}
     vae = VAE.from_pretrained(vae_directory).to(run.device).requires_grad_(False)
@@ -405,9 +414,9 @@ def train(config, run, checkpoints, dataset):
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"],
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
+    start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     log = Log(config.out, run, start, stage_of(config, 0, "tokenizer"), config.steps)
-    means, stop = Means(6, run), StopRequest()
+    means = Means(6, run)
 
     def learn(room, latents, noise, t, k_keep):
         """Forwards and backwards with a micro-batch: adds to the gradients, returns its losses (micro,)."""
@@ -420,61 +429,35 @@ def train(config, run, checkpoints, dataset):
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size} = "
             f"{run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}")
 
-    def evaluate_and_save(step, evaluating):
-        averaged = whole_average(ema, config, run) if evaluating else None
-        new = stop.unless_stopped(lambda: evaluate(averaged, eval_images, config, step)) if averaged else metrics
-        if new and averaged:
-            log(step=step, **new)
-            save_curves(os.path.join(config.out, "curves.png"), read_log(config.out))
-        checkpoints.save(step, new or {})
-        log.reset(step)  # this does not count as training time
-        return new or {}
+    def record():
+        *by_quarter, pure, loss = means.take()
+        return dict(loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure)
+    steps = checkpoints.steps(log, record, lambda: whole_average(ema, config, run),
+                              lambda averaged, step: evaluate(averaged, eval_images, config, step))
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    with stop:
-        if evaluation_due(config, start) and not metrics:  # stopped before it, or within
-            metrics = evaluate_and_save(start, True)
-        for step in range(start, config.steps):
-            lr = learning_rate(step, config.lr, config.warmup, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
-            batch = next(stream)[0].to(run.device, non_blocking=True)             # (b, C, h, w), or uint8 (b, 3, H, W)
-            latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
-            noise, t, k_keep, room = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), b numbers
-            if config.shard:
-                room = (config.registers,) * b  # all processes must gather the same weights equally often
-            if step == 0 and run.is_main:
-                draw_inputs(vae, latents, config)
-            for part in (slice(i, i + micro) for i in range(0, b, micro)):
-                model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
-                loss = learn(room[part], latents[part], noise[part], t[part], k_keep[part])  # (micro,)
-                means.add(*by_t(loss, t[part], k_keep[part] == 0))
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
-            ema.update_parameters(raw)
-
-            done = step + 1
-            if done == config.stop_at:
-                stop.requested = True
-            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
-            if stopping or evaluating or done % config.log_every == 0:
-                *by_quarter, pure, loss = means.take()
-                norm = checkpoints.finite(done, loss, grad_norm)
-                log.training(done, config.batch_size, loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure, lr=lr,
-                             grad_norm=norm)
-            if stopping or evaluating:
-                metrics = evaluate_and_save(done, evaluating)
-            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
-                break
-        checkpoints.wait()
-        if stop.agreed(run):
-            log.say(f"stopped after step {log.logged}; go on with --resume")
-            return {}
-    return metrics
+    for step, lr in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
+        batch = next(stream)[0].to(run.device, non_blocking=True)             # (b, C, h, w), or uint8 (b, 3, H, W)
+        latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
+        noise, t, k_keep, room = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), b numbers
+        if config.shard:
+            room = (config.registers,) * b  # all processes must gather the same weights equally often
+        if step == 0 and run.is_main:
+            draw_inputs(vae, latents, config)
+        for part in (slice(i, i + micro) for i in range(0, b, micro)):
+            model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
+            loss = learn(room[part], latents[part], noise[part], t[part], k_keep[part])  # (micro,)
+            means.add(*by_t(loss, t[part], k_keep[part] == 0))
+        scaler.unscale_(optimizer)
+        checkpoints.grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
+        ema.update_parameters(raw)
+    return checkpoints.metrics
 
 
 def check(config, run):

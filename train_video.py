@@ -24,14 +24,14 @@ import torch
 
 import flow
 import vae as stage0
-from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, StopRequest, UserError, attention_kernel,
-                    autocast, check_range, check_run, command, evaluation_due, fill_with_average, from_cli, generator,
-                    init_distributed, learning_rate, provenance, read_log, read_saved, recorded, seed_step)
+from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserError, attention_kernel, autocast,
+                    check_range, check_run, command, fill_with_average, from_cli, generator, init_distributed,
+                    provenance, recorded, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
-from images import psnr, save_curves, to_float
+from images import psnr, draw_curves, to_float
 from model import powers_of_two, sample_k
-from train_tokenizer import SHORT, by_t, draw_noise, sample_t
+from train_tokenizer import SHORT, by_t, draw_noise, sample_t, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
 from vidtok import FrameVAE, make_vae
@@ -151,22 +151,6 @@ def enter_stage(tokenizer, second):
 # The pieces of a run
 
 
-def train_vae(config, run):
-    """Train a VAE for single frames into <out>/vae, or the rest of it; its directory, or "" if it was stopped."""
-    out = os.path.join(config.out, "vae")
-    settings = stage0.VAETrainConfig(**{
-        **stage0.PRESETS[config.vae_preset], "image_size": config.image_size, "out": out, "seed": config.seed,
-        "resume": os.path.exists(os.path.join(out, "lock")), "device": config.device, "precision": config.precision,
-        "compile": config.compile})
-    saved = read_saved(out)
-    if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
-        return out
-    if stage0.main(settings, "stage 1 of 2, VAE:"):
-        return out
-    print("stopped while the VAE was training; give the same command again to go on", flush=True)
-    return ""
-
-
 def open_vae(directory):
     """The frozen VAE of clips in a directory: a video tokenizer's, or an image VAE for every frame."""
     if is_video(directory):
@@ -216,6 +200,7 @@ def evaluate(tokenizer, clips, config, step):
     metrics, columns, header = reconstruction(tokenizer, clips, config.eval_timesteps, config.eval_guidance)
     rows = list(zip(*(column[:6].cpu() for column in columns)))
     save_clip_grid(os.path.join(config.out, f"step{step:07d}.webp"), rows, header)
+    draw_curves(config, step, metrics)
     return metrics
 
 
@@ -241,7 +226,7 @@ def train(config, run, checkpoints):
                          for split in ("train", "held_out"))
     eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
 
-    vae_directory = config.vae or train_vae(config, run)
+    vae_directory = config.vae or train_vae(config, run, "stage 1 of 2, VAE:")
     if not vae_directory:
         return {}
     vae = open_vae(vae_directory)
@@ -267,9 +252,9 @@ def train(config, run, checkpoints):
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"],
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
+    start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
     stage = "tokenizer:" if config.vae else "stage 2 of 2, tokenizer:"
-    log, means, stop = Log(config.out, run, start, stage, config.steps), Means(6, run), StopRequest()
+    log, means = Log(config.out, run, start, stage, config.steps), Means(6, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
             f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
@@ -282,58 +267,35 @@ def train(config, run, checkpoints):
         return loss.detach()
     learn = recorded(learn, config, run)
 
-    def evaluate_and_save(step, evaluating):
-        enter_stage(ema.module, in_stage_2(config, step - 1))
-        new = stop.unless_stopped(lambda: evaluate(ema.module, eval_clips, config, step)) if evaluating else metrics
-        if new and evaluating:
-            log(step=step, **new)
-            save_curves(os.path.join(config.out, "curves.png"), read_log(config.out))
-        checkpoints.save(step, new or {})
-        log.reset(step)  # this does not count as training time
-        return new or {}
+    def record():
+        *by_quarter, pure, loss = means.take()
+        return dict(loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure)
+
+    def measure(averaged, step):
+        enter_stage(averaged, in_stage_2(config, step - 1))
+        return evaluate(averaged, eval_clips, config, step)
+    steps = checkpoints.steps(log, record, lambda: ema.module, measure)
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    with stop:
-        if evaluation_due(config, start) and not metrics:  # stopped before it, or within
-            metrics = evaluate_and_save(start, True)
-        for step in range(start, config.steps):
-            lr = learning_rate(step, config.lr, config.warmup, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
-            enter_stage(raw, in_stage_2(config, step))
-            clips = to_float(next(stream)[0].to(run.device, non_blocking=True))   # (b, 3, F, H, W)
-            with torch.no_grad():
-                latents = raw.through_vae(vae.latents, clips)                     # (b, C, T, h, w)
-            noise, t, k_keep, room = draw_noise(config, step, latents, run)
-            prefix = draw_prefix(config, step, run).to(run.device, non_blocking=True)  # (b,)
-            loss = learn((in_stage_2(config, step), room), latents, noise, t, k_keep, prefix)  # (b,)
-            means.add(*by_t(loss, t, k_keep == 0))
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
-            ema.update_parameters(raw)
-
-            done = step + 1
-            if done == config.stop_at:
-                stop.requested = True
-            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
-            if stopping or evaluating or done % config.log_every == 0:
-                *by_quarter, pure, loss = means.take()
-                norm = checkpoints.finite(done, loss, grad_norm)
-                log.training(done, config.batch_size, loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure, lr=lr,
-                             grad_norm=norm)
-            if stopping or evaluating:
-                metrics = evaluate_and_save(done, evaluating)
-            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
-                break
-        checkpoints.wait()
-        if stop.agreed(run):
-            log.say(f"stopped after step {log.logged}; go on with --resume")
-            return {}
-    return metrics
+    for step, lr in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
+        enter_stage(raw, in_stage_2(config, step))
+        clips = to_float(next(stream)[0].to(run.device, non_blocking=True))   # (b, 3, F, H, W)
+        with torch.no_grad():
+            latents = raw.through_vae(vae.latents, clips)                     # (b, C, T, h, w)
+        noise, t, k_keep, room = draw_noise(config, step, latents, run)
+        prefix = draw_prefix(config, step, run).to(run.device, non_blocking=True)  # (b,)
+        loss = learn((in_stage_2(config, step), room), latents, noise, t, k_keep, prefix)  # (b,)
+        means.add(*by_t(loss, t, k_keep == 0))
+        scaler.unscale_(optimizer)
+        checkpoints.grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
+        ema.update_parameters(raw)
+    return checkpoints.metrics
 
 
 def check(config, run):

@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, StopRequest, UserError, autocast, check_range,
-                    check_run, command, evaluation_due, fill_with_average, from_cli, generator, init_distributed,
-                    learning_rate, load_tensors, load_weights, provenance, read_json, read_log, recorded, save_tensors,
-                    shipped, shown, write_json)
+from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserError, autocast, check_range, check_run,
+                    command, fill_with_average, from_cli, generator, init_distributed, load_tensors, load_weights,
+                    provenance, read_json, recorded, save_tensors, shipped, shown, write_json)
 from data import batches, open_data, spread
-from images import psnr, save_curves, save_grid, to_float
+from images import draw_curves, psnr, save_grid, to_float
 
 # ---------------------------------------------------------------------------------------------------------------
 # The network
@@ -469,22 +468,26 @@ def hinge_loss(logits):
 
 
 @torch.no_grad()
-def calibrate(vae, images, device):
+def calibrate(vae, images):
     """Set the scaling factor so that the latents of `images` (n, 3, S, S) have a std of 1, like the noise of the flow.
 
     It is the std of the posterior MEAN, over all images, channels and positions: the mean is what `latents` gives.
     """
-    means = torch.cat([vae.encode(part.to(device)).mean for part in images.split(32)])  # (n, C, h, w)
+    means = torch.cat([vae.encode(part).mean for part in images.split(32)])       # (n, C, h, w)
     vae.config.scaling_factor = 1 / means.std().item()
 
 
 @torch.no_grad()
-def evaluate(vae, held_out, device, path):
+def evaluate(vae, held_out, config, step):
     """Mean PSNR of held-out images (n, 3, S, S), and a picture of 8 of them."""
+    device = vae.encoder.conv_in.weight.device
     reconstructions = torch.cat([vae.decode(vae.latents(part.to(device))).cpu() for part in held_out.split(32)])
     decibels = psnr(reconstructions, held_out)                                    # (n,)
-    save_grid(path, [held_out[:8], reconstructions[:8]], [f"{value:.1f} dB" for value in decibels[:8].tolist()])
-    return {"held_out_psnr": decibels.mean().item()}
+    save_grid(os.path.join(config.out, "reconstructions.png"), [held_out[:8], reconstructions[:8]],
+              [f"{value:.1f} dB" for value in decibels[:8].tolist()])
+    metrics = {"held_out_psnr": decibels.mean().item()}
+    draw_curves(config, step, metrics)
+    return metrics
 
 
 def check(config, run):
@@ -551,13 +554,15 @@ def train(config, run, checkpoints, dataset, stage, later):
     # ---- resume -----------------------------------------------------------------------------------------------
     def export(state):
         with torch.device("meta"):  # shapes without memory
-            averaged = VAE(replace(vae.config, scaling_factor=state["metrics"]["scaling_factor"]))
-        fill_with_average(averaged, state["ema"]).save_pretrained(
+            averaged = VAE(replace(vae.config))
+        fill_with_average(averaged, state["ema"])
+        calibrate(averaged, calibration)
+        averaged.save_pretrained(
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"], **provenance(run))
 
-    start, metrics = checkpoints.restore({"model": vae, "critic": critic, "ema": ema, "optimizer": optimizer,
-                                          "critic_optimizer": critic_optimizer, "scaler": scaler}, export)
-    log, means, stop = Log(config.out, run, start, stage, config.steps, later), Means(5, run), StopRequest()
+    start = checkpoints.restore({"model": vae, "critic": critic, "ema": ema, "optimizer": optimizer,
+                                 "critic_optimizer": critic_optimizer, "scaler": scaler}, export)
+    log, means = Log(config.out, run, start, stage, config.steps, later), Means(5, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     side, C = config.image_size // vae.downsampling, config.latent_channels
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {run.device}; {len(dataset):,} images of "
@@ -582,60 +587,31 @@ def train(config, run, checkpoints, dataset, stage, later):
         return torch.stack([l1, kl, psnr(reconstructions.detach(), images).mean(), critic_loss, -gan]).detach()
     learn, ones = recorded(learn, config, run), torch.ones(5, device=run.device)
 
-    def evaluate_and_save(step, evaluating):
-        calibrate(ema.module, calibration, run.device)  # always: a VAE without its scale is another one
-        path = os.path.join(config.out, "reconstructions.png")
-        new = {"scaling_factor": ema.module.config.scaling_factor}
-        if evaluating and run.is_main:
-            new |= stop.unless_stopped(lambda: evaluate(ema.module, held_out, run.device, path)) or {}
-        if len(new) > 1:
-            log(step=step, **new)
-            save_curves(os.path.join(config.out, "curves.png"), read_log(config.out))
-        checkpoints.save(step, new)
-        log.reset(step)
-        return new
+    def record():
+        l1, kl, decibels, critic_loss, fooled = means.take()
+        critics = {"critic": critic_loss, "critic_of_fakes": fooled} if config.gan_weight > 0 else {}
+        return dict(loss=l1 + config.kl_weight * kl, l1=l1, kl=kl, psnr=decibels, **critics)
+    steps = checkpoints.steps(log, record, lambda: ema.module if run.is_main else None,
+                              lambda averaged, step: evaluate(averaged, held_out, config, step))
 
     # ---- loop -------------------------------------------------------------------------------------------------
-    with stop:
-        if evaluation_due(config, start) and "held_out_psnr" not in metrics:  # stopped before it, or within
-            metrics = evaluate_and_save(start, True)
-        for step in range(start, config.steps):
-            lr = learning_rate(step, config.lr, config.warmup, config.steps)
-            for group in optimizer.param_groups + critic_optimizer.param_groups:
-                group["lr"] = lr
-            images = to_float(next(stream)[0].to(run.device, non_blocking=True))  # (b, 3, S, S), b = batch_size / world
-            source = generator(run.device, config.seed, step, "posterior")
-            noise = torch.randn(config.batch_size, C, side, side, generator=source, device=run.device)  # (B, C, h, w)
+    for step, lr in steps:
+        for group in optimizer.param_groups + critic_optimizer.param_groups:
+            group["lr"] = lr
+        images = to_float(next(stream)[0].to(run.device, non_blocking=True))  # (b, 3, S, S), b = batch_size / world
+        source = generator(run.device, config.seed, step, "posterior")
+        noise = torch.randn(config.batch_size, C, side, side, generator=source, device=run.device)  # (B, C, h, w)
 
-            adversarial = config.gan_weight > 0 and step >= config.gan_start
-            means.add(learn(adversarial, images, noise[run.part(config.batch_size)]), ones)
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
-            for each in (optimizer, critic_optimizer) if adversarial else (optimizer,):
-                scaler.step(each)
-                each.zero_grad(set_to_none=not isinstance(learn, Recorded))
-            scaler.update()
-            ema.update_parameters(vae)
-
-            done = step + 1
-            if done == config.stop_at:
-                stop.requested = True
-            stopping, evaluating = stop.agreed(run), evaluation_due(config, done)
-            if stopping or evaluating or done % config.log_every == 0:
-                l1, kl, decibels, critic_loss, fooled = means.take()
-                norm = checkpoints.finite(done, l1 + kl, grad_norm)
-                critics = {"critic": critic_loss, "critic_of_fakes": fooled} if adversarial else {}
-                log.training(done, config.batch_size, loss=l1 + config.kl_weight * kl, l1=l1, kl=kl, psnr=decibels,
-                             lr=lr, grad_norm=norm, **critics)
-            if stopping or evaluating:
-                metrics = evaluate_and_save(done, evaluating)
-            if stopping or evaluating and stop.agreed(run):  # asked again: a signal may have come meanwhile
-                break
-        checkpoints.wait()
-        if stop.agreed(run):
-            log.say(f"stopped after step {log.logged}; go on with --resume")
-            return {}
-    return metrics
+        adversarial = config.gan_weight > 0 and step >= config.gan_start
+        means.add(learn(adversarial, images, noise[run.part(config.batch_size)]), ones)
+        scaler.unscale_(optimizer)
+        checkpoints.grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
+        for each in (optimizer, critic_optimizer) if adversarial else (optimizer,):
+            scaler.step(each)
+            each.zero_grad(set_to_none=not isinstance(learn, Recorded))
+        scaler.update()
+        ema.update_parameters(vae)
+    return checkpoints.metrics
 
 
 if __name__ == "__main__":
