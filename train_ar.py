@@ -385,8 +385,8 @@ def train(config, run, checkpoints, tokenizer, images):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         seed_step(config.seed, step, run)
-        tokens, labels, indices = next(stream)                                # (b, K), (b,), (b,)
-        tokens = tokens[:, :T].to(run.device, non_blocking=True)              # (b, T)
+        tokens, labels, indices = next(stream)                                    # (b, K), (b,), (b,)
+        tokens = tokens[:, :T].to(run.device, non_blocking=True)                  # (b, T)
         if step == 0 and run.is_main:
             draw_inputs(tokenizer, tokens, config)
         captions = [dataset.caption(i) for i in indices.tolist()]

@@ -440,9 +440,9 @@ def train(config, run, checkpoints, dataset):
         for group in optimizer.param_groups:
             group["lr"] = lr
         seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
-        batch = next(stream)[0].to(run.device, non_blocking=True)             # (b, C, h, w), or uint8 (b, 3, H, W)
+        batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
-        noise, t, k_keep, room = draw_noise(config, step, latents, run)       # (b, C, h, w), (b,), (b,), b numbers
+        noise, t, k_keep, room = draw_noise(config, step, latents, run)           # (b, C, h, w), (b,), (b,), b numbers
         if config.shard:
             room = (config.registers,) * b  # all processes must gather the same weights equally often
         if step == 0 and run.is_main:

@@ -282,9 +282,9 @@ def train(config, run, checkpoints):
             group["lr"] = lr
         seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
         enter_stage(raw, in_stage_2(config, step))
-        clips = to_float(next(stream)[0].to(run.device, non_blocking=True))   # (b, 3, F, H, W)
+        clips = to_float(next(stream)[0].to(run.device, non_blocking=True))       # (b, 3, F, H, W)
         with torch.no_grad():
-            latents = raw.through_vae(vae.latents, clips)                     # (b, C, T, h, w)
+            latents = raw.through_vae(vae.latents, clips)                         # (b, C, T, h, w)
         noise, t, k_keep, room = draw_noise(config, step, latents, run)
         prefix = draw_prefix(config, step, run).to(run.device, non_blocking=True)  # (b,)
         loss = learn((in_stage_2(config, step), room), latents, noise, t, k_keep, prefix)  # (b,)

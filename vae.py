@@ -598,7 +598,7 @@ def train(config, run, checkpoints, dataset, stage, later):
     for step, lr in steps:
         for group in optimizer.param_groups + critic_optimizer.param_groups:
             group["lr"] = lr
-        images = to_float(next(stream)[0].to(run.device, non_blocking=True))  # (b, 3, S, S), b = batch_size / world
+        images = to_float(next(stream)[0].to(run.device, non_blocking=True))      # (b, 3, S, S), b = batch_size / world
         source = generator(run.device, config.seed, step, "posterior")
         noise = torch.randn(config.batch_size, C, side, side, generator=source, device=run.device)  # (B, C, h, w)
 
