@@ -13,7 +13,7 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
     python sample.py reconstruct a.gif b.mp4 --tokenizer out/video-cpu     # clips; encode and decode likewise
-    python sample.py generate --text "a red star moves left, slowly" --tokenizer out/video-cpu \\
+    python sample.py generate --text "a red bar moves left, slowly" --tokenizer out/video-cpu \\
         --prior out/video-cpu-prior
 
 With no --tokenizer the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say
@@ -51,7 +51,7 @@ class Reconstruct:
     html: str = ""                    # a page to write as well, with a slider over the number of tokens
     n: int = 8                        # at most this many images
     ks: tuple = (0,)                  # numbers of tokens; 0: 1, 2, 4, ..., all
-    timesteps: int = 12               # steps of the flow sampler
+    timesteps: int = 8                # steps of the flow sampler
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
     tokenizer: str = SHIPPED          # directory of a tokenizer
@@ -72,7 +72,7 @@ class Generate:
     temperature: float = -1.0         # below 1: less varied; 0: the likeliest token; -1: what the prior recommends
     top_k: int = 0                    # choose among this many likeliest tokens; 0: all
     top_p: float = 0.0                # choose among the likeliest that together reach this probability; 0: all
-    timesteps: int = 12               # steps of the flow sampler
+    timesteps: int = 8                # steps of the flow sampler
     guidance_scale: float = 0.0       # guidance of the decoder; 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the tokens and of the sampler's noise
     stream: bool = False              # write an animation, one frame per token
@@ -88,7 +88,7 @@ class Mix:
     paths: tuple = ()                 # images A B A B ...; none: held-out emoji, the same thing in two styles
     out: str = "out/mix.png"          # the picture to write
     n: int = 8                        # at most this many pairs
-    timesteps: int = 12               # steps of the flow sampler
+    timesteps: int = 8                # steps of the flow sampler
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
     tokenizer: str = SHIPPED          # directory of a tokenizer
@@ -112,7 +112,7 @@ class Decode:
     paths: tuple = ()                 # one .json or .npy file, as written by encode
     out: str = "out/decoded.png"      # a picture, a row per image and a column per k; or a folder, for single images
     ks: tuple = (0,)                  # keep only this many tokens; 0: all there are
-    timesteps: int = 12               # steps of the flow sampler
+    timesteps: int = 8                # steps of the flow sampler
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
     tokenizer: str = SHIPPED          # directory of a tokenizer

@@ -1444,7 +1444,7 @@ def test_shapes_are_a_pure_function_of_seed_split_and_index_and_have_no_end():
     assert Shapes(32, seed=1).factors(5) != Shapes(32).factors(5)
     assert Shapes(32, "held_out", seed=1).factors(5) == Shapes(32, "held_out").factors(5)
     assert Shapes(32).get(10**9).shape == (3, 32, 32)
-    assert len({Shapes(32).label(i) for i in range(200)}) == len(Shapes(32).classes) == 6
+    assert len({Shapes(32).label(i) for i in range(200)}) == len(Shapes(32).classes) == 4
 
 
 def make_folder(root, count=40):
@@ -2881,8 +2881,8 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     def generate(*arguments):
         models = ["--tokenizer", tiny_tokenizer, "--prior", prior]
         sample.main(["generate", *models, "--timesteps", "2", "--n", "3", *arguments])
-    generate("--label", "heart", "--out", "a.png")
-    generate("--label", str(KINDS.index("heart")), "--out", "b.png")
+    generate("--label", "pillar", "--out", "a.png")
+    generate("--label", str(KINDS.index("pillar")), "--out", "b.png")
     generate("--text", "a red star", "--out", "c.png", "--k", "2", "--seed", "1")
     assert open("a.png", "rb").read() == open("b.png", "rb").read()
     assert Image.open("a.png").size[0] > Image.open("c.png").size[0]  # columns for 1, 2, 4 tokens, and for 1, 2
@@ -2895,7 +2895,7 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     for name in ("out/generate.webp", "d.gif"):
         assert 2 <= Image.open(name).n_frames <= 4  # equal frames may be merged
     for arguments, message in (
-            (("--label", "hart"), "--label hart: expected 0 to 7, or a name such as heart, star"),
+            (("--label", "pilar"), "--label pilar: expected 0 to 3, or a name such as pillar, bar"),
             (("--k", "5"), "k = 5: expected 1 to 4 tokens"), (("--stream", "--out", "x.png"), "--out x.png"),
             (("--top_p", "2"), "--top_p 2"), (("--n", "0"), "--n 0"), (("--prior", "nowhere"), "nowhere"),
             (("--tokenizer", sample.SHIPPED), "writes 4 tokens out of 12, but"),
@@ -3247,7 +3247,7 @@ def test_drawn_clips_show_what_their_factors_and_captions_say():
         turns = [b - a for (_, a), (_, b) in zip(places, places[1:])]
         if turns[:2] == [0, 0]:
             step = torch.tensor(DIRECTIONS[front.direction]) * SPEEDS[front.speed]
-            assert (moved.mean(0) - step).abs().max() < 0.006, clips_of.caption(i)
+            assert (moved.mean(0) - step).abs().max() < 0.01, clips_of.caption(i)
         xs = [place.x + place.y for place, _ in places]
         signs = [sign for sign in np.sign(np.diff(xs)).tolist() if sign]
         flips = sum(a != b for a, b in zip(signs, signs[1:]))
@@ -5262,10 +5262,10 @@ def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, t
     assert [img.get("data-k") for img in page.all("img")] == [None, "1", "4"] * 2
     assert emoji.caption(0) in page.texts and emoji.caption(len(emoji) // 2) in page.texts
     prior = a_small_prior(tmp_path / "prior", FlexTok.from_pretrained(tiny_tokenizer))
-    sample.main(["generate", *small, "--prior", prior, "--text", "<i>", "--label", "star", "--html", "new.html"])
+    sample.main(["generate", *small, "--prior", prior, "--text", "<i>", "--label", "bar", "--html", "new.html"])
     page = Page("new.html")
     assert [img["data-k"] for img in page.all("img")] == ["1", "2", "3", "4"] * 10
-    assert page.texts.count("<i>, star") == 10 and Image.open("out/generate.png").size[1] > 1280
+    assert page.texts.count("<i>, bar") == 10 and Image.open("out/generate.png").size[1] > 1280
 
 
 def test_mix_takes_the_first_tokens_of_one_image_and_the_rest_of_another(tmp_path, tiny_tokenizer, monkeypatch, capsys):
