@@ -222,41 +222,50 @@ def save_page(path, title, intro, names, originals, rebuilt, tokens, vocab_size)
     """Write one HTML file that needs no other and no network: images, their first k tokens, and a slider over k.
 
     names: B texts, which may hold anything. originals: (B, 3, H, W) in [-1, 1], or None. rebuilt: {k: (B, 3, H, W)}.
-    tokens: (B, K) integers below vocab_size. Raises `UserError` if the system refuses to write the file.
+    tokens: (B, K) integers below vocab_size. Of clips, B x (3, F_i, H, W) instead, and B x (t_i, K), of which k counts
+    those of a row. Raises `UserError` if the system refuses to write the file.
     """
-    ks, (height, width) = sorted(rebuilt), next(iter(rebuilt.values())).shape[2:]
+    ks, first = sorted(rebuilt), next(iter(rebuilt.values()))[0]
+    K, (height, width), moving = tokens[0].shape[-1], first.shape[-2:], first.dim() == 4
     columns, least = (1, 192) if originals is None else (2, 128)
     enlarged = width * max(1, -(-least // min(width, height)))  # by a whole factor, as in `draw_grid`
     values = {"title": title, "intro": intro, "ks": " ".join(map(str, ks)), "last": len(ks) - 1, "start": len(ks) // 4,
-              "columns": columns, "width": enlarged, "digits": len(str(vocab_size - 1)), "registers": tokens.shape[1],
-              "vocab_size": vocab_size, "pixel_bytes": 3 * height * width}
+              "columns": columns, "width": enlarged, "digits": len(str(vocab_size - 1)), "registers": K,
+              "vocab_size": vocab_size, "a_row": " a row" * moving, "of_frames": " of 4 frames" * moving,
+              "pixel_bytes": 3 * height * width * (4 if moving else 1)}
     values = {name: html.escape(str(value)) for name, value in values.items()}
     values["cards"] = "\n".join(
-        _card(name, None if originals is None else originals[i], {k: rebuilt[k][i] for k in ks}, tokens[i].tolist(),
-              enlarged) for i, name in enumerate(names))
+        _card(name, None if originals is None else originals[i], {k: rebuilt[k][i] for k in ks},
+              tokens[i].view(-1, K).tolist(), enlarged, values["a_row"]) for i, name in enumerate(names))
     with open(TEMPLATE, encoding="utf-8") as file:  # all at once: a name may hold double braces as well
         page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], file.read())
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as file:
         file.write(page)  # errors: a file's name may be any bytes
 
 
-def _card(name, original, rebuilt, tokens, width):
-    """The HTML of one image: name, original (3, H, W) or None, {k: (3, H, W)} of which one is shown, all its tokens."""
+def _card(name, original, rebuilt, tokens, width, a_row):
+    """The HTML of one image: name, original (3, H, W) or None, {k: (3, H, W)} of which one is shown, rows of tokens.
+
+    Of a clip (3, F, H, W) instead: its frames become an animation, 8 a second.
+    """
     name = html.escape(name)
-    def img(image, alt, more=""):
-        stream = io.BytesIO()
-        to_image(image).save(stream, format="WEBP", quality=90)
+    def img(image, alt, attributes=""):
+        stream, (H, W) = io.BytesIO(), image.shape[-2:]
+        first, *more = [to_image(frame) for frame in image.view(3, -1, H, W).unbind(1)]
+        first.save(stream, format="WEBP", quality=90, save_all=True, append_images=more, duration=125, loop=0)
         data = base64.b64encode(stream.getvalue()).decode()
-        height = round(width * image.shape[1] / image.shape[2])
-        return (f'<img alt="{name}, {alt}" width="{width}" height="{height}" {more}decoding="sync" '
+        height = round(width * H / W)
+        return (f'<img alt="{name}, {alt}" width="{width}" height="{height}" {attributes}decoding="sync" '
                 f'src="data:image/webp;base64,{data}">')
-    frames = [img(image, f"from {k} token{'s' * (k > 1)}", f'data-k="{k}" ') for k, image in rebuilt.items()]
+    frames = [img(image, f"from {k} token{'s' * (k > 1)}{a_row}", f'data-k="{k}" ') for k, image in rebuilt.items()]
     first = [] if original is None else [
         "<figure>", img(original, "original"), "<figcaption>original</figcaption></figure>"]
-    ids = "".join(f"<li><span>{token}</span></li>" for token in tokens)
+    ids = "".join(f'<ol aria-label="tokens of {name}' + f", row {number}" * bool(a_row) + '">' +
+                  "".join(f"<li><span>{token}</span></li>" for token in row) + "</ol>"
+                  for number, row in enumerate(tokens, 1))
     return "\n".join([f'<article><h2 dir="auto">{name}</h2><div class="images">', *first, "<figure>", *frames,
                       '<figcaption class="count"></figcaption></figure></div>',
-                      f'<ol aria-label="tokens of {name}">{ids}</ol></article>'])
+                      f'<div class="tokens">{ids}</div></article>'])
 
 
 # ---------------------------------------------------------------------------------------------------------------

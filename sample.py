@@ -12,7 +12,7 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py mix                                      # out/mix.png: first tokens of one, the rest of another
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
-    python sample.py reconstruct a.gif b.mp4 --tokenizer out/video-cpu     # clips; encode and decode likewise
+    python sample.py reconstruct a.gif b.mp4 --tokenizer out/video-cpu     # clips; --html, encode, decode likewise
     python sample.py generate --text "a red bar moves left, slowly" --tokenizer out/video-cpu \\
         --prior out/video-cpu-prior
 
@@ -158,13 +158,14 @@ def generate(config):
     moving = config.stream or of_clips
     out = "out/generate.webp" if moving and config.out == Generate.out else config.out
     check_ending(out, *((".webp", ".gif") if moving else (".png",)))
-    if of_clips and (config.stream or config.html):
-        raise UserError("--stream and --html are for images: what is generated of clips is an animation anyway")
+    if of_clips and config.stream:
+        raise UserError("--stream is for images: what is generated of clips is an animation anyway")
     check_page(config)
     if config.html and config.stream:
         raise UserError("--html and --stream: choose one; the page shows every step as well")
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device), weights_type(config))
-    k, = token_counts([config.k * (tokenizer.rows if of_clips else 1)], gpt.config.length)
+    rows = tokenizer.rows if of_clips else 1  # of tokens; a clip has k in each
+    k, = token_counts([config.k * rows], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
     writing = gpt.generate(*conditions(gpt, labels, captions), k=k,
@@ -180,16 +181,17 @@ def generate(config):
                 print(f"\rframe {len(frames)} of {k} ", end="\n" * (len(frames) == k), file=sys.stderr, flush=True)
         save_animation(out, frames, milliseconds=max(60, 6000 // k))
         return print(f"wrote {out}")
-    tokens = list(writing)[-1]                                                    # (n, k)
+    ks = powers_of_two(k // rows)
+    tokens = list(writing)[-1][:, :rows * ks[-1]]                                 # (n, k), of whole registers
+    drawn = {k: sample(tokenizer, list(tokens[:, :rows * k]), config) for k in stops(config, ks)}  # (n, 3, [F,] H, W)
+    columns, header = [drawn[k] for k in ks], [f"k={k}" for k in ks]
     if of_clips:
-        columns = [sample(tokenizer, list(tokens[:, :k]), config) for k in tokenizer.lengths(k)]  # (n, 3, F, H, W) each
-        header = [f"k={k // tokenizer.rows}" for k in tokenizer.lengths(k)]
-        return write_clip_rows(out, list(zip(*columns)), header)
-    ks = powers_of_two(k)
-    drawn = {k: sample(tokenizer, list(tokens[:, :k]), config) for k in stops(config, ks)}  # (n, 3, H, W) each
-    write_rows(out, [drawn[k] for k in ks], [f"k={k}" for k in ks])
-    write_page(config, "New images, token by token", titles(labels, captions, gpt, config.n), None, drawn, tokens,
-               tokenizer)
+        write_clip_rows(out, list(zip(*columns)), header)
+        tokens = tokens.unflatten(1, (-1, rows)).transpose(1, 2)                  # (n, T, k)
+    else:
+        write_rows(out, columns, header)
+    write_page(config, f"New {'clips' if of_clips else 'images'}, token by token",
+               titles(labels, captions, gpt, config.n), None, drawn, tokens, tokenizer)
 
 
 def mix(config):
@@ -275,23 +277,26 @@ def reconstruct_clips(config):
     check_range(config, 1, math.inf, "n")
     out = "out/reconstruct.webp" if config.out == Reconstruct.out else config.out
     check_ending(out, ".webp", ".gif")
+    check_page(config)
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K, sizes = tokenizer.config.registers, tokenizer.config
     ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
     if config.paths:
-        names = [shipped(path) for path in config.paths[:config.n]]
-        videos = [read_clip(name, tokenizer.frame_size, sizes.frames, sizes.stride, SECONDS) for name in names]
+        paths = [shipped(path) for path in config.paths[:config.n]]
+        videos = [read_clip(path, tokenizer.frame_size, sizes.frames, sizes.stride, SECONDS) for path in paths]
+        names = [os.path.basename(os.path.normpath(path)) for path in paths]
     else:  # of the same law as the preset's, but not seen in training
         held_out = MovingShapes(max(tokenizer.frame_size), "held_out", frames=sizes.frames)
         videos = list(spread(held_out, config.n))                                 # n x (3, F, H, W)
-    rows = []
-    for video in videos:
-        tokens, = tokenizer.tokenize(video[None])                                 # (1, t, K)
-        rows.append([video, *(sample_clips(tokenizer, [tokens[..., :k]], config)[0].cpu() for k in ks)])
-    for i, k in enumerate(ks):
-        decibels = [psnr(row[1 + i][None], row[0][None]).item() for row in rows]
+        names = [held_out.caption(i) for i in spread_rows(held_out, config.n)]
+    tokens = [tokenizer.tokenize(video[None], k=max(ks))[0][0] for video in videos]  # n x (t, k)
+    rebuilt = {}
+    for k in stops(config, ks) if config.ks == (0,) else ks:
+        rebuilt[k] = [sample_clips(tokenizer, [rows[:, :k]], config)[0].cpu() for rows in tokens]  # n x (3, F, H, W)
+        decibels = [psnr(clip[None], video[None]).item() for clip, video in zip(rebuilt[k], videos)]
         print(f"k = {k:3d}: {sum(decibels) / len(decibels):.2f} dB")
-    write_clip_rows(out, rows, ["original", *(f"k={k}" for k in ks)])
+    write_clip_rows(out, list(zip(videos, *(rebuilt[k] for k in ks))), ["original", *(f"k={k}" for k in ks)])
+    write_page(config, "Clips from their first tokens", names, videos, rebuilt, tokens, tokenizer)
 
 
 def encode_clips(config):
@@ -564,12 +569,18 @@ def stops(config, ks):
 
 
 def write_page(config, title, names, images, drawn, tokens, tokenizer):
-    """With --html, write the page: images (B, 3, H, W) or None, drawn {k: (B, 3, H, W)} of tokens (B, K)."""
+    """With --html, write the page: images (B, 3, H, W) or None, drawn {k: (B, 3, H, W)} of tokens (B, K).
+
+    Of clips, B x (3, F_i, H, W) instead, and B x (t_i, K).
+    """
     if config.html:
-        did = "A GPT wrote each image as" if images is None else "FlexTok turned each image into"
-        intro = (f"{did} {tokens.shape[1]} numbers, its tokens. The first say what matters most, each further one adds "
-                 "detail; what they leave open is invented, so any number of them makes a whole image. Drag the "
-                 "slider, or select it and press the arrow keys.")
+        it, them = "image", f"{tokens[0].shape[-1]} numbers, its tokens"
+        if tokens[0].dim() == 2:
+            it, them = "clip", f"rows of {them}: one for its first frame, then one for every four frames"
+        did = f"A GPT wrote each {it} as" if images is None else f"FlexTok turned each {it} into"
+        intro = (f"{did} {them}. The first say what matters most, each further one adds detail; what they leave open "
+                 f"is invented, so any number of them makes a whole {it}. Drag the slider, or select it and press the "
+                 "arrow keys.")
         save_page(config.html, title, intro, names, images, drawn, tokens, tokenizer.quantizer.vocab_size)
         print(f"wrote {config.html}")
 

@@ -4015,9 +4015,13 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
     said = capsys.readouterr()
     assert "k =   4:" in said.out and "a.gif: the last 5 of 30 frames" in said.err
     length = lambda path: len(list(clips.frames_of(path, 16)))  # noqa: E731, equal frames in a file may be merged
+    sample.main(["reconstruct", "a.gif", "b.webp", "--html", "page.html", *with_model])
+    page = Page("page.html")
+    assert [img.get("data-k") for img in page.all("img")] == [None, "1", "2", "3", "4"] * 2
+    assert "a.gif" in page.texts and len(page.all("ol")) == 7 + 2 and len(page.all("li")) == 4 * (7 + 2)
     assert length("out/reconstruct.webp") == 25
-    sample.main(["--n", "2", "--ks", "1", "--out", "held.gif", *with_model])
-    assert length("held.gif") == 9
+    sample.main(["--n", "2", "--ks", "1", "--out", "held.gif", "--html", "held.html", *with_model])
+    assert length("held.gif") == 9 and MovingShapes(8, "held_out", frames=9).caption(250) in Page("held.html").texts
     sample.main(["encode", "a.gif", "b.webp", "--k", "3", "--tokenizer", clip_run])
     stored = json.load(open("out/tokens.json"))["clips"]
     assert [clip["name"] for clip in stored] == ["a.gif", "b.webp"]
@@ -4070,7 +4074,11 @@ def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypat
     sample.main(["generate", "--label", "left, slowly", "--k", "2", "--out", "two.gif", *options])
     for path in ("out/generate.webp", "two.gif"):
         assert len(list(clips.frames_of(path, 16))) == 9
-    for extra, words in ((["--stream"], "are for images"), (["--out", "a.png"], "webp or .gif"),
+    sample.main(["generate", "--text", "a red star", "--k", "3", "--html", "new.html", *options])
+    page = Page("new.html")
+    assert [img["data-k"] for img in page.all("img")] == ["1", "2", "3"] * 2 and page.texts.count("a red star") == 2
+    assert len(page.all("ol")) == 3 * 2 and len(page.all("li")) == 3 * 3 * 2
+    for extra, words in ((["--stream"], "is for images"), (["--out", "a.png"], "webp or .gif"),
                          (["--k", "5"], "k = 15")):
         with pytest.raises(UserError, match=words):
             sample.main(["generate", *extra, *options])
@@ -5245,6 +5253,23 @@ def test_a_page_is_one_file_that_fetches_nothing_and_shows_every_image_with_its_
     assert [slider[name] for name in ("type", "min", "max", "data-ks")] == ["range", "0", "1", "1 4"]
     assert [text for text in page.texts if text.isdigit()] == ["5", "6", "7", "8", "999", "0", "1", "2"]
     assert "K = 4, bitsPerToken = Math.log2(1000), pixelBytes = 1152" in page.source
+
+
+def test_a_page_of_clips_moves_at_their_rate_and_lists_their_tokens_row_by_row(tmp_path):
+    movies = [torch.stack([to_tensor(frame) for frame in numbered_frames(n, (24, 16))], 1) for n in (9, 5)]
+    tokens = [torch.arange(12).view(3, 4), torch.arange(12, 20).view(2, 4)]
+    save_page(tmp_path / "page.html", "Title", "Intro", ["a", "b"], movies, {4: movies, 2: movies}, tokens, 1000)
+    page = Page(tmp_path / "page.html")
+    assert [img["alt"] for img in page.all("img")][:3] == \
+        ["a, original", "a, from 2 tokens a row", "a, from 4 tokens a row"]
+    for img, n in zip(page.all("img"), (9, 9, 9, 5, 5, 5), strict=True):
+        (tmp_path / "clip.webp").write_bytes(base64.b64decode(img["src"].partition(",")[2]))
+        shown = to_float(torch.stack(list(clips.frames_of(str(tmp_path / "clip.webp"), (16, 24))), 1))
+        assert numbers_of(shown) == list(range(n)) and (img["width"], img["height"]) == ("192", "128")
+    assert [ol["aria-label"] for ol in page.all("ol")] == \
+        [f"tokens of {name}, row {i}" for name, i in (("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2))]
+    assert [int(text) for text in page.texts if text.isdigit()] == list(range(20))
+    assert "K = 4, bitsPerToken = Math.log2(1000), pixelBytes = 4608" in page.source  # of the 4 frames of a row
 
 
 def test_reconstruct_and_generate_write_a_page_that_stops_at_every_k(tmp_path, tiny_tokenizer, monkeypatch):
