@@ -1,6 +1,6 @@
 """
 Images to learn from: the embedded emoji, endless drawn shapes, or any folder. They all look the same from outside.
-For video.py, drawn clips: `MovingShapes`.
+For video.py, clips: drawn ones, `MovingShapes`, or any folder of films, `Films`.
 
     emoji | shapes | path/to/folder --open_data--> dataset.get(i, rng)  (3, S, S) uint8   .label(i)  .caption(i)
     dataset --batches--> images (b, 3, S, S) uint8, labels (b,), indices (b,) --to_float, on the device--> [-1, 1]
@@ -32,6 +32,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
+from clips import FILMS, FPS, frames_of
 from common import Run, UserError, barrier, clock, locked, read_json, replacing, shown, sweep, write_json
 from images import fit, opened, read_image, save_grid, to_float
 
@@ -61,10 +62,15 @@ def open_data(data, image_size, split="train", augment=True, seed=0):
 
 
 def open_clips(data, image_size, split="train", seed=0, frames=17):
-    """"moving" -> a data set of clips, as above but for get(i, rng) -> (3, F, S, S). Raises `UserError` for others."""
+    """"moving" or the path of a folder of films -> a data set as above, but for get(i, rng) -> (3, F, S, S).
+
+    Raises `UserError` for anything else.
+    """
     if data == "moving":
         return MovingShapes(image_size, split, seed, frames=frames)
-    raise UserError(f"--data {data}: expected moving, as the tokenizer is one of clips")
+    if os.path.isdir(data):
+        return Films(data, image_size, split, frames)
+    raise UserError(f"--data {data}: expected moving or an existing folder of films, as the tokenizer is one of clips")
 
 
 def to_bytes(pixels):
@@ -434,6 +440,92 @@ class Folder:
         return np.asarray(image)                                                     # (H, W, 3)
 
 
+class Films(Folder):
+    """Every film under `root`: mp4 and the like (they need the package av), animations, and sub-folders of frames.
+
+    An item is a film, cut to its centre at 8 frames a second: of training `frames` of it in a row, which `rng` picks,
+    held out or without `rng` the first ones. Classes, captions and the held-out tenth are those of `Folder`; nothing is
+    mirrored, for "left" would become "right". What cannot be read, or is too short, is named on stderr and left out.
+
+    Opening decodes every film once: an hour of it in about 3 minutes at 320 x 240 pixels, 12 at 1280 x 720. Frames are
+    kept, made small, until they fill MEMORY_BYTES: 12 hours at 32 x 32, 11 minutes at 256 x 256. Of the other films
+    get() decodes all up to the end of the window each time: cut long ones into pieces.
+    """
+
+    def __init__(self, root, image_size, split="train", frames=17):
+        self.root, self.image_size, self.split, self.frames = root, image_size, split, frames
+        self.films, self.skipped = read_films(root, image_size, frames)
+        self.captions = read_captions(root, self.films)
+        self.folders = sorted({first_folder(path) for path in self.films})
+        self.classes = [clean(folder) for folder in self.folders]
+        self.paths = split_paths(list(self.films), split)
+        report_skipped(root, self.skipped)
+        if not self.paths:
+            raise UserError(f"{root}: holds no film of {frames} frames at {FPS} a second that can be read; expected "
+                            f"mp4 or the like, animated GIF, WebP or PNG, or sub-folders of frames")
+
+    def get(self, i, rng=None):
+        """Item i -> (3, F, S, S) uint8."""
+        count, frames = self.films[self.paths[i]]
+        first = 0 if rng is None or self.split == "held_out" else int(rng.integers(count - self.frames + 1))
+        frames = frames or frames_of(os.path.join(self.root, self.paths[i]), self.image_size)
+        return torch.stack(list(itertools.islice(frames, first, first + self.frames)), 1)  # (3, F, S, S)
+
+
+@functools.lru_cache(maxsize=1)  # both splits, and every stage, open the same folder
+def read_films(root, image_size, least):
+    """Decode the films under `root` -> {path: (n, frames)}, messages: one for each file that is left out.
+
+    n, at least `least`: how many frames a film has; frames: all of them, (3, S, S) uint8, or [] where memory was full.
+    """
+    films, (paths, skipped) = {}, list_films(root)
+    room = MEMORY_BYTES // (3 * image_size**2)  # so many frames may still be kept
+    if len(paths) > 100:
+        say_once(f"{root}: reading {len(paths):,} films")
+    for path in paths:
+        try:
+            reader = frames_of(os.path.join(root, path), image_size)
+            kept = list(itertools.islice(reader, room))
+            n = len(kept) + sum(1 for _ in reader)
+            if n < least:
+                raise UserError(f"{os.path.join(root, path)}: holds {n} frame{'s' * (n > 1)} at {FPS} a second, "
+                                f"expected at least {least}")
+        except UserError as error:
+            skipped.append(str(error))
+        else:
+            films[path] = n, kept if len(kept) == n else []
+            room -= len(films[path][1])
+    return films, skipped
+
+
+def list_films(root):
+    """Relative paths of films under `root`, sorted, and a message for each file that is none.
+
+    A film is a file that ends in .mp4 or the like, an animation, or a folder below the root that holds images and none
+    of these. What a file holds decides whether it is an animation, so the headers of all images are read.
+    """
+    films, skipped, folders = [], [], {}
+    for path in list_files(root):
+        folders.setdefault(os.path.dirname(path), []).append(path)
+    for folder, paths in folders.items():
+        moving, still = [], []
+        for path in paths:
+            if path.lower().endswith(FILMS):
+                moving.append(path)
+                continue
+            try:
+                with opened(os.path.join(root, path)) as image:
+                    (moving if getattr(image, "is_animated", False) else still).append(path)
+            except UserError as error:
+                skipped.append(str(error))
+        if folder and still and not moving:
+            moving = [folder]
+        else:
+            skipped += [f"{os.path.join(root, path)}: a single image, expected a film" for path in still]
+        films += moving
+    return sorted(films), skipped
+
+
 def list_files(root):
     """Relative paths ("/" between folders), sorted: all but hidden files, .txt and .json.
 
@@ -530,7 +622,9 @@ def report_skipped(root, messages):
 def files_digest(dataset):
     """A hash of the files a data set reads, their paths and sizes: what was made of others is not taken for it."""
     paths = dataset.paths if isinstance(dataset, Folder) else []
-    files = [(path, os.path.getsize(os.path.join(dataset.root, path))) for path in paths]
+    def size(path):  # of a film that is a folder: that of its frames
+        return sum(map(size, os.scandir(path))) if os.path.isdir(path) else os.path.getsize(path)
+    files = [(path, size(os.path.join(dataset.root, path))) for path in paths]
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 

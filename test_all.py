@@ -59,8 +59,8 @@ from ar import GPT, GPTConfig, cross_entropy, draw, probabilities
 from common import Average, Run, UserError, from_cli, learning_rate, replacing
 from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
                     to_image, to_tensor)
-from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Folder, Shapes, Stream, batches, files_digest, list_files,
-                  open_data, split_paths, to_float)
+from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Films, Folder, Shapes, Stream, batches, files_digest,
+                  list_files, open_clips, open_data, read_films, split_paths, to_float)
 from data import DIRECTIONS, SPEEDS, MovingShapes
 from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for,
@@ -1576,6 +1576,80 @@ def test_unreadable_files_of_a_folder_are_named_once_and_skipped(tmp_path, capsy
     assert index + 1 in [i for _, _, i in seen] and index not in [i for _, _, i in seen]
     assert all(label == large.label(i) for _, label, i in seen)
     assert capsys.readouterr().err.count(str(broken)) == 1
+
+
+def make_films(root, count=24):
+    """Film i, of 20 to 22 numbered frames, in one of three folders and one of four forms."""
+    for i in range(count):
+        path, frames = root / ("walk", "run", ".")[i % 3] / str(i), numbered_frames(20 + i % 3)
+        form = ("webp", "gif", "png", "frames")[i % 4]
+        (path if form == "frames" else path.parent).mkdir(parents=True, exist_ok=True)
+        if form == "frames":
+            for j, frame in enumerate(frames):
+                frame.save(path / f"{j}.png")
+        elif form == "png":
+            frames[0].save(f"{path}.png", save_all=True, append_images=frames[1:], duration=125)
+        else:
+            clips.save_pictures(f"{path}.{form}", frames)
+
+
+def test_a_folder_of_films_has_classes_captions_disjoint_splits_and_windows_that_the_generator_picks(
+        tmp_path, capsys, monkeypatch):
+    make_films(tmp_path)
+    (tmp_path / "walk/3.txt").write_text("a walk\n")  # of a folder of frames
+    (tmp_path / "captions.json").write_text(json.dumps({"run/1.gif": "a run"}))
+    train, held_out = (open_clips(str(tmp_path), 16, split) for split in ("train", "held_out"))
+    assert capsys.readouterr().err == "" and train.classes == held_out.classes == [".", "run", "walk"]
+    assert len(train) + len(held_out) == 24 and sorted(train.paths + held_out.paths) == sorted(train.films)
+    assert held_out.paths == split_paths(sorted(train.films), "held_out") and "walk/3" in train.films
+    rng = np.random.default_rng
+    for films, (i, path) in itertools.chain(*(zip(itertools.repeat(x), enumerate(x.paths)) for x in (train, held_out))):
+        number = int(re.search(r"\d+", path)[0])
+        assert films.classes[films.label(i)] == (path.split("/")[0] if "/" in path else ".")
+        assert films.caption(i) == {1: "a run", 3: "a walk"}.get(number, "")
+        windows = {tuple(numbers_of(to_float(films.get(i, rng(seed))))) for seed in range(60)}
+        firsts = range(20 + number % 3 - 16) if films is train else range(1)
+        assert windows == {tuple(range(first, first + 17)) for first in firsts}, path
+        assert films.get(i).shape == (3, 17, 16, 16) and numbers_of(to_float(films.get(i))) == list(range(17))
+    monkeypatch.setattr("data.MEMORY_BYTES", 50 * 3 * 16 * 16)  # room for the frames of two films
+    read_films.cache_clear()
+    large = Films(str(tmp_path), 16)
+    assert sum(bool(kept) for _, kept in large.films.values()) == 2 and large.paths == train.paths
+    assert all(torch.equal(large.get(i, rng(7)), train.get(i, rng(7))) for i in range(len(train)))
+    assert 2**30 // (3 * 32**2) // (8 * 3600) == 12 and 2**30 // (3 * 256**2) // (8 * 60) == 11  # what Films says
+    before = files_digest(train)
+    noise_image(99, 99).save(tmp_path / next(path for path in train.paths if path.endswith("3")) / "5.png")
+    assert files_digest(train) != before
+
+
+def test_films_that_are_broken_or_too_short_are_named_and_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    make_films(tmp_path, 4)
+    frames = numbered_frames(16)
+    wrong = {"half.webp": "cannot be read", "text.gif": "not an image", "film.mp4": "needs the package av",
+             "one.gif": "a single image, expected a film", "few": "holds 1 frame at 8 a second, expected at least 17",
+             "short.png": "holds 16 frames at 8 a second", "broken/3.png": "cannot be read"}
+    (tmp_path / "half.webp").write_bytes((tmp_path / "walk/0.webp").read_bytes()[:-100])
+    for name in ("text.gif", "film.mp4"):
+        (tmp_path / name).write_text("no film")
+    frames[0].save(tmp_path / "one.gif")
+    frames[0].save(tmp_path / "short.png", save_all=True, append_images=frames[1:], duration=125)
+    for folder, count in (("few", 1), ("broken", 16)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            frames[i].save(tmp_path / folder / f"{i}.png")
+    (tmp_path / "broken/3.png").write_bytes((tmp_path / "broken/3.png").read_bytes()[:-30])
+    films = [Films(str(tmp_path), 16, split) for split in ("train", "held_out")]
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(wrong) and last == f"{tmp_path}: {len(wrong)} unreadable in all, skipped"
+    for name, words in wrong.items():
+        line, = (line for line in lines if f"/{name}: " in line)
+        assert line.startswith(f"skipped {tmp_path}/{name}: ") and words in line
+    assert sum(map(len, films)) == 4
+    with pytest.raises(UserError, match="holds no film of 33 frames at 8 a second that can be read"):
+        Films(str(tmp_path), 16, frames=33)
+    with pytest.raises(UserError, match="--data emoji: expected moving or an existing folder of films"):
+        open_clips("emoji", 16)
 
 
 def test_open_data_refuses_what_is_not_there(tmp_path):
@@ -4003,6 +4077,21 @@ def test_settings_of_a_run_of_clips_that_cannot_work_are_refused_before_anything
     with pytest.raises(UserError, match=words):
         train_tiny_clips(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_and_a_prior_learn_from_a_folder_of_films(tmp_path):
+    make_films(tmp_path / "films", 12)
+    assert train_tiny_clips(tmp_path / "run", data=str(tmp_path / "films"), steps=4)["psnr"]
+    config = train_ar.ARConfig(data=str(tmp_path / "films"), tokenizer=str(tmp_path / "run"), views=2, width=32,
+                               out=str(tmp_path / "prior"), depth=1, head_dim=32, condition=("class",), steps=2,
+                               batch_size=4, warmup=1, eval_images=8, eval_every=2, log_every=1, device="cpu")
+    assert train_ar.main(config)["held_out"] > 0
+    saved = json.load(open(tmp_path / "prior/config.json"))
+    assert saved["classes"] == [".", "run", "walk"] and saved["prior"]["classes"] == 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no film of 9 frames"):
+        train_tiny_clips(tmp_path / "other", data=str(tmp_path / "empty"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatch, capsys):

@@ -39,7 +39,7 @@ from video import ClipSequences
 class ARConfig:
     """Train a prior over the tokens of a trained tokenizer."""
     # data
-    data: str = "emoji"                  # emoji, shapes, or a folder of images; of a tokenizer of clips: moving
+    data: str = "emoji"                  # emoji, shapes, or a folder of images; of clips: moving, or a folder
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
     views: int = 10                      # augmented versions of each image; of the drawn shapes, that many more scenes

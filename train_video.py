@@ -13,6 +13,7 @@ schedule over both stages, `SHORT` of train_tokenizer.py.
 
     python train_video.py --preset video-cpu             # two cores: drawn clips of 17 frames at 32 px
     python train_video.py --preset video-cpu --steps 300 --out out/try
+    python train_video.py --preset video-cpu --data films/ --vae out/vae --out out/mine      # a VAE of your own images
 
 Writes out/<run>/ as train_tokenizer.py does, with animated pictures. Times and numbers: RESULTS.md.   Next: sample.py
 """
@@ -41,7 +42,7 @@ from vidtok import FrameVAE, make_vae
 class VideoTrainConfig:
     """Train a VideoFlexTok tokenizer."""
     # data
-    data: str = "moving"             # moving: drawn clips of moving shapes
+    data: str = "moving"             # moving, drawn clips; or a folder of films (mp4, animations, folders of frames)
     image_size: int = 32             # side of a frame in pixels
     frames: int = 17                 # of a window, 1 + 4n
     vae: str = ""                    # directory of an image VAE, or of a video tokenizer for its VAE; empty: train one
@@ -303,9 +304,9 @@ def check(config, run):
     check_run(config, run)
     if run.world > 1:
         raise UserError(f"{run.world} processes: train_video.py runs in one")
-    open_clips(config.data, config.image_size)
     check_range(config, 1, math.inf, "image_size", "frames", "patch_size", "enc_depth", "dec_depth", "head_dim",
                 "registers", "eval_clips", "eval_timesteps")
+    open_clips(config.data, config.image_size, frames=config.frames)
     if not config.vae and config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
     sizes = stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))
