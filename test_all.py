@@ -5126,14 +5126,17 @@ def test_a_model_of_2_5_billion_parameters_is_written_and_read_in_the_memory_of_
 def test_every_row_of_the_bench_compares_equal_computations(monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "toy", (64, 1))
     # the sizes of the loss are fixed, and too large for here
-    config = bench.BenchConfig(part=("tokenize", "detokenize", "train", "vae", "generate"), **{
+    parts = ("tokenize", "detokenize", "train", "vae", "generate", "tokenize_video", "detokenize_video")
+    config = bench.BenchConfig(part=parts, **{
         **bench.PRESETS["tiny"], "size": "toy", "length": 4, "image_size": 32}, repeats=1, device="cpu",
                                peak_memory=False)
     rows = bench.main(config)
-    assert len(rows) == 2 + 3 + 1 + 2 + 2 and all(row["difference"] < 1e-4 for row in rows)
+    assert len(rows) == 2 + 3 + 1 + 2 + 2 + 1 + 2 and all(row["difference"] < 1e-4 for row in rows)
     assert "train" in capsys.readouterr().out
     with pytest.raises(UserError, match="memory"):
         bench.main(dataclasses.replace(config, part=("speed",)))
+    with pytest.raises(UserError, match="--compile: torch cannot compile"):
+        bench.main(dataclasses.replace(config, part=("tokenize_video",), compile=True))
 
 
 def test_what_autograd_keeps_of_an_image_is_counted_without_holding_it():

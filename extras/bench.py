@@ -7,6 +7,7 @@ How fast, and in how much memory: our code beside a plain computation of the sam
     python -m extras.bench generate loss       # the prior: with its cache and without; its loss in chunks and at once
     python -m extras.bench memory              # what training holds, by preset: computed, in 7 s and 0.4 GB of memory
     python -m extras.bench detokenize train --preset tiny                         # seconds, to try it
+    python -m extras.bench tokenize_video detokenize_video --preset video         # a clip of 17 frames; 1 minute
     python -m extras.bench detokenize train --device cuda --precision bf16 --compile --train_batch 32
 
 Plain means: all K registers kept, a dense mask, a modulation for every token, each pass of guidance by itself, no
@@ -27,12 +28,15 @@ from ar import GPT, SIZES, GPTConfig, cross_entropy
 from common import UserError, attention_kernel, autocast, command, from_cli, pick_device
 from model import Block, FlexTok, TokenizerConfig, norm, powers_of_two, room_for, unpatchify
 from vae import VAE, VAEConfig
+from video import VideoConfig, VideoFlexTok, sum_of_positions
+from vidtok import VidTokConfig, make_vae
 
 
 @dataclass
 class BenchConfig:
-    """Measure. Parts: tokenize, detokenize, train, vae, generate, loss, memory; without any, the first four."""
-    part: tuple = ()                  # what to measure: tokenize, detokenize, train, vae, generate, loss, memory
+    """Measure. Parts: tokenize, detokenize, train, vae, generate, loss, tokenize_video, detokenize_video, memory;
+    without any, the first four."""
+    part: tuple = ()                  # what to measure, of the parts above
     # tokenizer
     enc_depth: int = 12               # encoder blocks, 64 wide for each
     dec_depth: int = 12               # decoder blocks, 64 wide for each
@@ -57,6 +61,7 @@ class BenchConfig:
 
 PRESETS = {
     "tiny": dict(enc_depth=2, dec_depth=2, registers=32, image_size=64, vae_width=32, ks=(32, 16, 1), length=16),
+    "video": dict(enc_depth=4, dec_depth=4, registers=128, image_size=192),
     "d12-d12": dict(enc_depth=12, dec_depth=12),
     "d18-d18": dict(enc_depth=18, dec_depth=18),
     "d18-d28": dict(enc_depth=18, dec_depth=28),
@@ -121,6 +126,55 @@ def plain_detokenize(tokenizer, tokens, steps, generator):
             for null in (False, True))                                            # each (B, C, h, w)
         x = x - apg(v_cond, v_uncond, 7.5) / steps
     return tokenizer.vae.decode(x)                                                # (B, 3, H, W)
+
+
+def plain_video_encoder(encoder, latents):
+    """latents (B, C, T, h, w) -> (B, T, K, L): one attention over all rows with a dense mask."""
+    patches = encoder.patch_embed(latents)                                        # (B, T, P, D)
+    B, T, P, _ = patches.shape
+    x = torch.cat([patches, encoder.registers[:T].expand(B, -1, -1, -1)], 2).flatten(1, 2)  # (B, T·(P + K), D)
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+    for first in range(0, x.shape[1], x.shape[1] // T):
+        mask[first:first + P, first:first + P] = True  # patches also see the later patches of their row
+    for block in encoder.blocks:
+        x = Block.forward(block, x, dense(mask))
+    return encoder.head(norm(x.unflatten(1, (T, -1))[:, :, P:]))                  # (B, T, K, L)
+
+
+def plain_video_decoder(decoder, x_t, t, codes, k, null):
+    """x_t (B, C, T, h, w), t (B,), codes (B, T, K, L) -> velocity (B, C, T, h, w): T·(P + K) tokens.
+
+    The first k codes of each row are kept, with null none of them.
+    """
+    B, _, T, h, w = x_t.shape
+    registers = decoder.from_codes(codes) + sum_of_positions(decoder.positions, T, decoder.K)  # (B, T, K, D)
+    registers = torch.where((torch.arange(decoder.K, device=x_t.device) < k)[:, None], registers, decoder.mask_token)
+    registers = decoder.null_token.expand_as(registers) if null else registers    # (B, T, K, D)
+    patches = decoder.patch_embed(x_t).flatten(1, 2)                              # (B, T·P, D)
+    x, N = torch.cat([patches, registers.flatten(1, 2)], 1), patches.shape[1]     # (B, T·(P + K), D)
+    stream = (torch.arange(x.shape[1], device=x.device) >= N).long()              # 0 a patch, 1 a register
+    attend = dense(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device))
+    t_embedding = F.silu(decoder.time_embed(t))                                   # (B, D)
+    for block in decoder.blocks:
+        modulation = block.adaln(t_embedding).unflatten(-1, (2, 6, -1))[:, stream]  # (B, T·(P + K), 6, D)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)
+        x = x + gate_attn * block.attn(norm(x) * (1 + scale_attn) + shift_attn, attend)
+        x = x + gate_mlp * block.mlp(norm(x) * (1 + scale_mlp) + shift_mlp)
+    shift, scale = decoder.head_adaln(t_embedding).unsqueeze(1).chunk(2, -1)      # each (B, 1, D)
+    x = decoder.head(norm(x[:, :N]) * (1 + scale) + shift).unflatten(1, (T, -1))  # (B, T, P, p·p·C)
+    return unpatchify(x.flatten(0, 1), decoder.p, h, w).unflatten(0, (B, T)).transpose(1, 2)  # (B, C, T, h, w)
+
+
+@torch.no_grad()
+def plain_video_sample(tokenizer, x, codes, k, steps):
+    """Noise x (B, C, T, h, w), codes (B, T, K, L) -> latents like x: two passes a step, Euler, APG with scale 7.5."""
+    apg = flow.APG(0.0, 0.6, axes=(2, 3, 4))
+    for i in range(steps, 0, -1):
+        t = torch.full((len(x),), i / steps, device=x.device)                     # (B,)
+        v_cond, v_uncond = (plain_video_decoder(tokenizer.decoder, x, t, codes, k, null).float()
+                            for null in (False, True))                            # each (B, C, T, h, w)
+        x = x - apg(v_cond, v_uncond, 7.5) / steps
+    return x
 
 
 @torch.no_grad()
@@ -259,8 +313,51 @@ def loss_rows(config, device):
               lambda: step(F.cross_entropy(F.linear(hidden, weight), targets)), 2048, "token")
 
 
+def build_video(config, device):
+    """As `build`, but a tokenizer of clips, and random latents (B, C, T, h, w) of 17 frames. Its VAE is not used."""
+    if config.image_size % 16:
+        raise UserError(f"--image_size {config.image_size}: expected a multiple of 16")
+    if config.compile:
+        raise UserError("--compile: torch cannot compile the blocks of a tokenizer of clips yet")
+    torch.manual_seed(0)
+    side, K = config.image_size // 16, config.registers
+    with device:
+        tokenizer = VideoFlexTok(
+            VideoConfig(grid=(side, side), registers=K, head_std=0.5, code_positions=max(5, K),
+                        enc_positions=max(5, side), enc_width=64 * config.enc_depth, enc_depth=config.enc_depth,
+                        dec_positions=max(5, side), dec_width=64 * config.dec_depth, dec_depth=config.dec_depth),
+            make_vae(VidTokConfig(channels=4, channel_mult=(1, 1, 1, 1), layers_per_block=1)))
+        for name, p in tokenizer.decoder.named_parameters():
+            if "adaln" in name or name.startswith("head"):  # these start at zero
+                torch.nn.init.normal_(p, std=0.02)
+    return tokenizer.eval(), torch.randn(config.batch_size, 16, 5, 2 * side, 2 * side, device=device)
+
+
+def tokenize_video_rows(config, device):
+    """Encoder and quantizer of a clip, from latents. All K registers are needed for any k: see video.py."""
+    tokenizer, latents = build_video(config, device)
+    yield Row("tokenize_video, from latents",
+              torch.no_grad()(lambda: tokenizer.quantizer(tokenizer.encoder(latents))[1]),
+              torch.no_grad()(lambda: tokenizer.quantizer(plain_video_encoder(tokenizer.encoder, latents))[1]),
+              config.batch_size, "clip")
+
+
+def detokenize_video_rows(config, device):
+    """Sampling a clip's latents with APG, from all K tokens a row and from 16."""
+    tokenizer, noise = build_video(config, device)
+    K, B = config.registers, config.batch_size
+    codes = tokenizer.quantizer.tokens_to_codes(
+        torch.randint(tokenizer.quantizer.vocab_size, (B, 5, K), device=device))  # (B, T, K, L)
+    for k in (K, min(16, K)):
+        yield Row(f"detokenize_video k={k}, a step",
+                  lambda: tokenizer.sample(noise, codes[:, :, :k], config.steps, 7.5,
+                                           flow.APG(0.0, 0.6, axes=(2, 3, 4))),
+                  lambda: plain_video_sample(tokenizer, noise, codes, k, config.steps), config.steps, "step")
+
+
 ROWS = {"tokenize": tokenize_rows, "detokenize": detokenize_rows, "train": train_rows, "vae": vae_rows,
-        "generate": generate_rows, "loss": loss_rows}
+        "generate": generate_rows, "loss": loss_rows,
+        "tokenize_video": tokenize_video_rows, "detokenize_video": detokenize_video_rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------
