@@ -39,7 +39,7 @@ from video import VideoConfig, VideoFlexTok, checked_sizes, rows_of, unloaded_vi
 from vidtok import VidTok, VidTokConfig
 
 # ---------------------------------------------------------------------------------------------------------------
-# The official config
+# The official config, as tables
 #
 # It is a list of modules; each reads and writes named entries of one dictionary. Order, module names and entry names
 # are the config's own choice. So we follow what each entry holds, from latents to velocity: any names will do, and any
@@ -55,6 +55,11 @@ class Row(NamedTuple):
     writes: dict         # {argument that names entries which it writes: what these then hold}
     sizes: dict = {}     # {argument that is a size: which one}
     settings: dict = {}  # {argument: the value that we write, and accept; any if FREE has the argument}
+
+    @property
+    def kind(self):
+        """The class without its path, as `class_of` names it."""
+        return self.path.rpartition(".")[2]
 
 
 def shapes(part, way):
@@ -104,7 +109,9 @@ ENCODER = [
 
 QUANTIZER = [
     Row("regularizer", "regularizers.quantize_fsq.FSQ", {"latents_read_key": "enc_registers#encoded"},
-        {"quants_write_key": "quants", "tokens_write_key": "tokens"}, settings={"packed_call": True})]
+        {"quants_write_key": "quants", "tokens_write_key": "tokens"},
+        {"levels": "levels", "drop_quant_p": "drop_quant_p", "corrupt_tokens_p": "corrupt_tokens_p"},
+        {"packed_call": True})]
 
 NOISE = [
     Row("flow_matching_noise_module", "flow_matching.noise_modules.MinRFNoiseModule",
@@ -171,7 +178,8 @@ PARTS = {"vae": VAE_PART, "encoder": ENCODER, "regularizer": QUANTIZER, "flow_ma
 WRAPPER = "SequentialModuleDictWrapper"
 OPTIONAL = ("dec_repa_unpacker", "dec_repa")         # the REPA branch: training only
 
-# Arguments that do not matter after training, and those that are read elsewhere: in `class_of` and `follow_config`
+# Arguments that do not matter after training, that only name an entry or a place, and those that are read elsewhere: in
+# `class_of`, `follow_config` and `vae_config_of`
 FREE = set("""
     weight_init_style zero_init_out_proj zero_init_query_proj drop drop_path_rate use_act_checkpoint use_flex_attention
     max_seq_len pad_to_multiple compile_block_mask return_materialized_mask size_sampling_mode n_min n_eval
@@ -179,7 +187,9 @@ FREE = set("""
     noise_write_key ln stratisfied mode_scale target_sizes_read_key images_read_key vae_latents_read_key
     images_reconst_write_key vae_kl_loss_write_key sample_posterior force_vae_encode frozen compile_encode_fn
     learnable_logvar logvar_init
-    _target_ per_sample_op levels drop_quant_p corrupt_tokens_p scaling_factor hf_hub_path
+    prefix_len keep_prefix_prob max_cond_sigma cond_sigma_prob prefix_len_read_key eval_prefix_len_read_key
+    prefix_len_write_key loss_mask_write_key cond_vae_latents_key tokenizer_id vidtok_config_path ckpt_path
+    _target_ per_sample_op scaling_factor hf_hub_path
 """.split())
 # Of the official classes, where the config is silent; whatever is in neither table has to be None
 DEFAULTS = {
@@ -190,6 +200,50 @@ DEFAULTS = {
     **dict.fromkeys(["FlexTransformer proj_bias", "qkv_bias", "mlp_bias", "use_mup_readout", "temb_as_tokens",
                      "flatten_patches", "per_subseq_embs", "extra_registers_dim", "replace_with_single_token"], False)}
 
+# VideoFlexTok: the same kind of config, of another package; here is what differs from an image tokenizer's
+CLIP_ROWS = {
+    "vae": {"path": "compressors.vidtok.VidTokVAE", "sizes": {},
+            "settings": {"images_read_key": "rgb", "vae_latents_read_key": "vae_latents_reconst",
+                         "images_reconst_write_key": "rgb_reconst", "tokenizer_id": "vidtok_kl_causal_488_16chn"}},
+    "enc_posemb_module": {"sizes": {"dim": "enc_width", "max_sizes": "enc_positions"}, "settings": LEARNED},
+    "enc_register_module": {"path": "model.preprocessors.registers.RegistersTemporal2D",
+                            "sizes": {"dim": "enc_width", "n_max": "registers", "t_max": "T"}},
+    "enc_seq_packer": {"settings": {"mask_mode": "time_block_causal_last", "pad_to_multiple": 128}},
+    "dec_registers_posemb_module": {"sizes": {"dim": "dec_width", "max_sizes": "code_positions"}},
+    "dec_latent_dropout": {"reads": {"read_write_key": "dec_quants#prefixed"}},
+    "dec_patches_posemb_module": {"sizes": {"dim": "dec_width", "max_sizes": "dec_positions"}, "settings": LEARNED},
+    "dec_seq_packer": {"sizes": {"mask_mode": "dec_mask"},
+                       "settings": {"per_subseq_embs": True, "pad_to_multiple": 128}},
+    "flow_matching_noise_module": {"path": "flow_matching.noise_modules.PrefixMinRFNoiseModule",
+                                   "settings": {"prefix_len": [0, 1], "keep_prefix_prob": [0.5, 0.5]}},
+    "pipeline": {"path": "flow_matching.pipelines.VideoMinRFPipeline",
+                 "reads": {"latents_read_key": "quants", "timesteps_read_key": "timesteps",
+                           "reconst_write_key": "vae_latents_reconst", "noised_videos_read_key": "flow_noised_latents"},
+                 "settings": {"_partial_": True, "cond_vae_latents_key": "cond_vae_latents"}},
+}
+PREFIX_MASKING = Row(
+    "dec_prefix_masking", "model.preprocessors.token_dropout.MaskedPrefixDropout",
+    {"read_write_key": "dec_quants#kept"}, {"read_write_key": "dec_quants#prefixed"}, {"dim": "dec_width"},
+    {"prefix_len_read_key": "prefix_len", "eval_prefix_len_read_key": "eval_prefix_len"})
+CLIP_CLASSES = {PACKER: "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker",
+                UNPACKER: "model.postprocessors.seq_unpacking.SequenceInterleavedUnpacker"}
+
+
+def clip_rows(rows):
+    """The rows of a part of an image tokenizer -> those of the same part of a clip's."""
+    for row in rows:
+        if row.name not in OPTIONAL:
+            yield row._replace(**{"path": CLIP_CLASSES.get(row.path, row.path), **CLIP_ROWS.get(row.name, {})})
+        if row.name == "dec_nested_dropout":
+            yield PREFIX_MASKING
+
+
+CLIP_PARTS = {part: list(clip_rows(rows)) for part, rows in PARTS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading an official config
+
 
 def follow_config(config, where):
     """Official config (nested dicts) -> (`TokenizerConfig`, {our name of a module: its name there}).
@@ -199,36 +253,51 @@ def follow_config(config, where):
     check_targets(config, where)
     if not isinstance(config, dict) or "encoder" not in config:
         raise UserError(f'{where}: not a minFlexTok tokenizer ("format": "minFlexTok") nor an official one ("encoder")')
-    for part in PARTS:
-        if not isinstance(config.get(part), dict):
-            raise UserError(f"{where}: {part} is {shown(config.get(part))}, expected a module")
+    sizes, names = follow_parts(config, PARTS, where)
     for part in config.keys() - {*PARTS, "_target_"}:
         raise UserError(f"{where}: unknown part {shown(part)[1:-1]}")
-    holds, names, sizes = {}, {}, {}
-    for part, rows in PARTS.items():
-        modules = config[part]
-        if len(rows) > 1:
-            if class_of(modules) != WRAPPER or not isinstance(modules.get("module_dict"), dict) or len(modules) > 2:
-                raise UserError(f"{where}: {part} is {shown(class_of(modules))} of {shown(list(modules))}, expected "
-                                f"{WRAPPER} of a module_dict")
-            modules = modules["module_dict"]  # in the order of execution
-        follow(modules if len(rows) > 1 else {part: modules}, rows, holds, sizes, names, where)
-    # after sampling, the entry with the last velocity has the latents
-    if held(config["vae"], "vae_latents_read_key", holds) != "vae_latents_reconst":
-        raise UserError(f"{where}: vae: its vae_latents_read_key is not what the decoder writes")
-    for training_only in ("repa_features", "repa_layers"):
-        sizes.pop(training_only, None)
-    fsq, L = config["regularizer"], sizes.pop("L")
-    sizes |= {name: fsq.get(name) or 0.0 for name in ("drop_quant_p", "corrupt_tokens_p")}
-    try:
-        sizes = checked(TokenizerConfig, {**sizes, "levels": fsq.get("levels")}, where)
-    except ValueError as error:
-        raise UserError(f"{where}: {str(error)[:150]}") from None
-    if len(sizes.levels) != L:
-        raise UserError(f"{where}: levels {shown(sizes.levels)}, but the encoder's outputs are {shown(L)}")
-    if config["encoder"]["module_dict"][names["enc_register_module"]].get("n_eval") not in (None, sizes.registers):
+    L, n_eval = sizes.pop("L"), config["encoder"]["module_dict"][names["enc_register_module"]].get("n_eval")
+    found = checked_sizes(TokenizerConfig, {x: y for x, y in sizes.items() if not x.startswith("repa_")}, where)
+    if len(found.levels) != L:
+        raise UserError(f"{where}: levels {shown(found.levels)}, but the encoder's outputs are {shown(L)}")
+    if n_eval not in (None, found.registers):
         raise UserError(f"{where}: n_eval is not n_max, which is not supported")
-    return sizes, names
+    return found, names
+
+
+def follow_clip_config(config, where):
+    """Official config of a VideoFlexTok -> (`VideoConfig`, names of its modules, whether the decoder packs registers
+    first). Both of its forms: the parts alone, or with the sizes of windows around them. Raises `UserError`.
+    """
+    check_targets(config, where, r"videoflextok(\.\w+)+")
+    refusals = []
+    for registers_first in (False, True):  # which tokens the decoder packs first decides whose modulation is first
+        try:
+            sizes, names = follow_parts(clip_parts(config, registers_first), CLIP_PARTS, where)
+            break
+        except UserError as refusal:
+            refusals.append(refusal)
+    else:
+        raise refusals["Packer" in str(refusals[0])]
+    L, T, levels, p = (sizes.pop(size) for size in ("L", "T", "levels", "patch_size"))
+    for size in ("enc_positions", "dec_positions", "code_positions"):
+        sizes.pop(size)  # their tables tell
+    if not isinstance(p, (list, tuple)) or [type(n) for n in p] != [int] * 3 or p[0] != 1 or not p[1] == p[2] > 0:
+        raise UserError(f"{where}: patch_sizes {shown(p)}, expected [1, p, p]")
+    frames, overlap = config.get("chunk_size", 17), config.get("overlap_size_frames", 1)
+    if type(frames) is not int or type(overlap) is not int:
+        raise UserError(f"{where}: chunk_size {shown(frames)}, overlap_size_frames {shown(overlap)}: expected integers")
+    video = config.get("vae_video_sizes") or [5, 16, 16]  # of the official class
+    video = video[0] if isinstance(video, list) and len(video) == 1 else video
+    if not isinstance(video, (list, tuple)) or [type(n) for n in video] != [int] * 3:
+        raise UserError(f"{where}: vae_video_sizes {shown(video)}, expected [frames, height, width]")
+    grid = tuple(n // p[1] for n in video[1:])
+    found = checked_sizes(VideoConfig, {**sizes, "patch_size": p[1], "frames": frames, "stride": frames - overlap,
+                                        "levels": levels, "grid": grid}, where)
+    if len(found.levels) != L or type(T) is not int or T < rows_of(found.frames):
+        raise UserError(f"{where}: {shown(L)} outputs for levels {shown(levels)}, t_max {shown(T)} for windows of "
+                        f"{found.frames} frames: they do not fit")
+    return found, names, registers_first
 
 
 def check_targets(value, where, allowed=r"flextok(\.\w+)+|hydra\.utils\.get_method", depth=0):
@@ -242,6 +311,27 @@ def check_targets(value, where, allowed=r"flextok(\.\w+)+|hydra\.utils\.get_meth
                 raise UserError(f"{where}: {key} {found} is nothing of the official package; nothing was run")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
         check_targets(item, where, allowed, depth + 1)
+
+
+def follow_parts(config, parts, where):
+    """Follow the parts of an official config by their tables -> ({size: value}, {our name of a module: its name})."""
+    holds, names, sizes = {}, {}, {}
+    for part, rows in parts.items():
+        modules = config.get(part)
+        if not isinstance(modules, dict):
+            raise UserError(f"{where}: {part} is {shown(modules)}, expected a module")
+        if len(rows) == 1:
+            modules = {part: modules}
+        elif class_of(modules) == WRAPPER and isinstance(modules.get("module_dict"), dict) and len(modules) == 2:
+            modules = modules["module_dict"]  # in the order of execution
+        else:
+            raise UserError(f"{where}: {part} is {shown(class_of(modules))} of {shown(list(modules))}, expected "
+                            f"{WRAPPER} of a module_dict")
+        follow(modules, rows, holds, sizes, names, where)
+    # after sampling, the entry with the last velocity has the latents
+    if held(config["vae"], "vae_latents_read_key", holds) != "vae_latents_reconst":
+        raise UserError(f"{where}: vae: its vae_latents_read_key is not what the decoder writes")
+    return sizes | {size: sizes[size] or 0.0 for size in ("drop_quant_p", "corrupt_tokens_p")}, names
 
 
 def class_of(module):
@@ -259,7 +349,7 @@ def follow(modules, rows, holds, sizes, names, where):
     for name, module in modules.items():
         kind = class_of(module)
         place = f"{where}: {shown(name)[1:-1]} ({shown(kind)[1:-1]})"
-        candidates = [row for row in rows if row.path.rpartition(".")[2] == kind]
+        candidates = [row for row in rows if row.kind == kind]
         if not candidates:
             raise UserError(f"{where}: {shown(name)[1:-1]} is {shown(kind)}, which is not supported here")
         wrong = [(misread(module, row, holds), row) for row in candidates if row.name not in names]
@@ -276,7 +366,7 @@ def follow(modules, rows, holds, sizes, names, where):
                 continue  # the encoder's first module says it too
             value = (DEFAULTS | module).get(argument)
             short = isinstance(value, list) and len(value) in ((1, 2) if size == "patch_size" else (1,))
-            if short and value[0] == value[-1]:
+            if short and value[0] == value[-1] and size != "levels":
                 value = value[0]  # [K], [p, p]; what is no number is found by `checked`
             if sizes.setdefault(size, value) != value:
                 raise UserError(f"{place}: {argument} {shown(value)}, but another module has {shown(sizes[size])}")
@@ -291,17 +381,14 @@ def follow(modules, rows, holds, sizes, names, where):
         names[row.name] = name
     for row in rows:
         if row.name not in names and row.name not in OPTIONAL:
-            kind, what = row.path.rpartition(".")[2], next(iter(row.reads.values()))
-            raise UserError(f"{where}: lacks the module {kind} that reads {shown(what)}")
+            what = next(iter(row.reads.values()))
+            raise UserError(f"{where}: lacks the module {row.kind} that reads {shown(what)}")
 
 
 def check_arguments(module, row, place):
     """Refuse an argument with which the official class computes something else than ours."""
-    for argument in row.settings | module:
-        if argument in {*FREE, *row.reads, *row.writes, *row.sizes}:
-            continue
-        kind = row.path.rpartition(".")[2]
-        default = DEFAULTS.get(f"{kind} {argument}", DEFAULTS.get(argument))
+    for argument in (row.settings | module).keys() - {*FREE, *row.reads, *row.writes, *row.sizes}:
+        default = DEFAULTS.get(f"{row.kind} {argument}", DEFAULTS.get(argument))
         expected = row.settings.get(argument, default)
         value = module.get(argument, expected if default is None else default)
         same = value == expected and isinstance(value, bool) == isinstance(expected, bool)  # True == 1
@@ -325,55 +412,97 @@ def held(module, argument, holds):
     return holds.get(keys) if isinstance(keys, str) else None
 
 
+def clip_parts(config, registers_first=False):
+    """The parts of a VideoFlexTok's config, without those modules of the decoder that nothing leads from to what the
+    VAE decodes: a REPA head, of training only. registers_first: with what is packed in the other order.
+    """
+    parts = config.get("video_flex_tok", config) if isinstance(config, dict) else None
+    parts = parts if isinstance(parts, dict) else {}
+    modules, wanted, alive = lookup(parts, "decoder.module_dict"), {str(lookup(parts, "vae.vae_latents_read_key"))}, {}
+    if not isinstance(modules, dict):
+        return parts
+    for name, module in reversed(modules.items()):
+        entries = {"read": set(), "write": set()}
+        for argument, value in module.items() if isinstance(module, dict) else ():
+            keys = [key for key in (value if isinstance(value, list) else [value]) if isinstance(key, str)]
+            for way in entries:
+                if way in argument and argument.endswith(("_key", "_keys")):
+                    entries[way].update(keys)
+            if registers_first and argument in ("input_list_read_keys", "inner_seq_write_keys"):
+                module = module | {argument: value[::-1] if isinstance(value, list) else value}
+        if not module or not isinstance(module, dict) or entries["write"] & wanted:
+            alive[name] = module
+            wanted = wanted - entries["write"] | entries["read"]
+    return parts | {"decoder": parts["decoder"] | {"module_dict": dict(reversed(alive.items()))}}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing an official config
+
+
 def official_config(config, vae_config, repa=None):
     """The config of the official package for a model of these sizes; only names of its classes and their arguments.
 
     repa: (features, layers) of its REPA head, None without.
     """
-    sizes = asdict(config) | {"L": len(config.levels)}
+    sizes = asdict(config) | {"patch_size": [config.patch_size] * 2}
     sizes["repa_features"], sizes["repa_layers"] = repa or (0, 0)
-
-    def module(row):
-        values = wired(row, "flextok.")
-        if "per_sample_op" in values:
-            path = values["per_sample_op"]["_target_"]
-            values["per_sample_op"] = {"_target_": "hydra.utils.get_method", "path": path}
-        for argument, size in row.sizes.items():
-            number = sizes[size]
-            values[argument] = ([number, number] if argument == "patch_sizes" else list(number) if size == "grid" else
-                                [number] if argument == "max_sizes" else number)
-        return values | row.settings
-
-    official = {part: module(rows[0]) for part, rows in PARTS.items()}
-    for part in ("encoder", "decoder"):
-        modules = {row.name: module(row) for row in PARTS[part] if repa or row.name not in OPTIONAL}
-        official[part] = {"_target_": "flextok.model.utils.wrappers." + WRAPPER, "module_dict": modules}
-    official["encoder"]["module_dict"]["enc_register_module"]["n_min"] = config.registers
+    official = written(PARTS, "flextok.", sizes)
+    modules = official["decoder"]["module_dict"]
+    if repa is None:
+        for name in OPTIONAL:
+            del modules[name]
     if config.dec_depth == 1:  # there is no middle
         for argument in ("intermediate_layer_write_key", "intermediate_layers"):
-            del official["decoder"]["module_dict"]["dec_transformer"][argument]
+            del modules["dec_transformer"][argument]
     # A VAE of the official sizes needs no path. Another is read from the folder beside it, see `export_official`.
     standard = VAEConfig(latent_channels=config.latent_channels, scaling_factor=vae_config.scaling_factor) == vae_config
     official["vae"] |= {"scaling_factor": vae_config.scaling_factor, "hf_hub_path": None if standard else "./vae"}
-    official["regularizer"] |= {"levels": list(config.levels), "drop_quant_p": config.drop_quant_p,
-                                "corrupt_tokens_p": config.corrupt_tokens_p}
     return official
 
 
-def wired(row, package):
-    """A row of the tables as a module of an official config, with its class and its entries, without sizes."""
-    path, _, op = row.path.partition(" ")
-    values = {"_target_": package + path}
-    if op:
-        values["per_sample_op"] = {"_target_": f"{package}model.utils.dict_ops.{op}", "_partial_": True}
-    for argument, what in (row.reads | row.writes).items():
-        names = [one.split("#")[0] for one in (what if isinstance(what, list) else [what])]
-        values[argument] = names if isinstance(what, list) else names[0]
-    return values
+def official_clip_config(config):
+    """The config of the official package for a `VideoConfig`, with the sizes of windows around it."""
+    T, p = rows_of(config.frames), config.patch_size
+    sizes = asdict(config) | {"T": T, "patch_size": [1, p, p], "enc_positions": [config.enc_positions] * 3,
+                              "dec_positions": [config.dec_positions] * 3,
+                              "code_positions": [config.code_positions] * 2}
+    official = written(CLIP_PARTS, "videoflextok.", sizes)
+    for argument in ("intermediate_layer_write_key", "intermediate_layers"):
+        del official["decoder"]["module_dict"]["dec_transformer"][argument]
+    return {"video_flex_tok": {"_target_": "videoflextok.wrappers.VideoFlexTok", **official},
+            "chunk_size": config.frames, "overlap_size_frames": config.overlap,
+            "vae_video_sizes": [T, *(side * p for side in config.grid)]}
+
+
+def written(parts, package, sizes):
+    """The tables `parts` as the parts of an official config of a `package`, with these `sizes`."""
+    sizes, official = sizes | {"L": len(sizes["levels"])}, {}
+
+    def module(row):
+        path, _, op = row.path.partition(" ")
+        values, op = {"_target_": package + path}, f"{package}model.utils.dict_ops.{op}" if op else ""
+        if op:  # as each package's own files have it
+            values["per_sample_op"] = ({"_target_": "hydra.utils.get_method", "path": op} if package == "flextok." else
+                                       {"_target_": op, "_partial_": True})
+        for argument, what in (row.reads | row.writes).items():
+            names = [one.split("#")[0] for one in (what if isinstance(what, list) else [what])]
+            values[argument] = names if isinstance(what, list) else names[0]
+        for argument, size in row.sizes.items():
+            value = list(sizes[size]) if isinstance(sizes[size], tuple) else sizes[size]
+            values[argument] = [value] if argument == "max_sizes" and isinstance(value, int) else value
+        return values | row.settings
+
+    for part, rows in parts.items():
+        modules = {row.name: module(row) for row in rows}
+        official[part] = modules[part] if len(rows) == 1 else {
+            "_target_": f"{package}model.utils.wrappers.{WRAPPER}", "module_dict": modules}
+    official["encoder"]["module_dict"]["enc_register_module"]["n_min"] = sizes["registers"]
+    return official
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Tensor names
+# Tensors
 
 # (beginning of our name, our name of the official module, beginning of the name inside it)
 PLACES = [
@@ -395,14 +524,50 @@ PLACES = [
 
 def official_name(name, names):
     """Our tensor name -> the official one. names: {our name of a module: its name}, from `follow_config`."""
-    if name.startswith("vae."):
-        return "vae." + name
+    if name.startswith("vae."):  # only a VideoFlexTok has a prefix to mask
+        return name.replace("vae.", "vae.vidtok." if "dec_prefix_masking" in names else "vae.vae.", 1)
     for ours, role, inside in PLACES:
         if name.startswith(ours):
             part = {"enc": "encoder", "dec": "decoder"}[role[:3]]
             official = f"{part}.module_dict.{names[role]}.{inside}{name[len(ours):]}"
             return official.replace(".adaln.", ".adaLN_modulation.1.")
     raise UserError(f"{name} has no place in the official form")
+
+
+def turned(name, x, registers_first):
+    """A tensor of ours in the official form: a table of learned positions as (axes, 1, D, M), where we have (K, D) or
+    (axes, M, D); modulations in the order in which the decoder packs."""
+    if name.endswith(".positions") and x.dim() < 4:
+        return x.view(-1, *x.shape[-2:]).transpose(1, 2)[:, None]                 # (a, 1, D, M)
+    if registers_first and ".adaln." in name:
+        return x.unflatten(0, (2, -1)).flip(0).flatten(0, 1)                      # (12·D, ...), its halves exchanged
+    return x
+
+
+def official_tensors(model, names, registers_first=False):
+    """The state dict of a tokenizer in the official form."""
+    return {official_name(name, names): turned(name, x, registers_first) for name, x in model.state_dict().items()}
+
+
+def load_official(model, tensors, names, path, device, dtype, registers_first=False):
+    """Put `tensors` of the official form, from the file `path`, into a tokenizer without memory; returns it in eval
+    mode. names, registers_first: from `follow_config`. Raises `UserError` where they do not fit.
+    """
+    called = {ours: official_name(ours, names) for ours in model.state_dict()}
+    for ours, like in model.state_dict().items():
+        if called[ours] not in tensors:
+            continue
+        x, expected = tensors.pop(called[ours]), turned(ours, like, registers_first).shape
+        if x.shape != expected:
+            raise UserError(f"{path}: tensor {shown(called[ours])[1:-1]} is {shown(list(x.shape))}, expected "
+                            f"{list(expected)}")
+        if ours.endswith(".positions") and like.dim() < 4:
+            tensors[ours] = x[:, 0].transpose(1, 2).reshape(like.shape)           # (a, 1, D, M) -> (K, D) or (a, M, D)
+        else:
+            tensors[ours] = turned(ours, x, registers_first)  # twice exchanged, halves are where they were
+    keep = fixed_tables(tensors) if isinstance(model, FlexTok) else ()
+    load_weights(model, tensors, path, device, dtype, keep, called)
+    return model.to(device).eval()
 
 
 def unwrapped(tensors, path):
@@ -441,7 +606,7 @@ def add_repa_head(tokenizer, where):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Reading a FlexTok
+# Reading tokenizers
 
 
 def read_flextok(name, device="cpu", dtype=torch.float32):
@@ -449,28 +614,47 @@ def read_flextok(name, device="cpu", dtype=torch.float32):
 
     dtype: None is as stored. A hub repository or a file in our own form is read as well.
     """
-    config_path, path = find(name, "config.json", "model.safetensors")
-    config, where = read_config(config_path, path, alone=os.path.isfile(name))
-    if where == config_path and isinstance(config, dict) and config.get("format") == "minFlexTok":
+    config, where, path = read_config(name)
+    if where != path and config.get("format") == "minFlexTok":
         return FlexTok.from_pretrained(own_directory(path), device, dtype)
-    tokenizer_config, names = follow_config(config, where)
+    sizes, names = follow_config(config, where)
     try:
-        tokenizer = unloaded(tokenizer_config, vae_config_of(config["vae"], tokenizer_config.latent_channels, where))
+        tokenizer = unloaded(sizes, vae_config_of(config["vae"], sizes.latent_channels, where))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{where}: does not describe a tokenizer ({shown(str(error))})") from None
     tokenizer.official = config
     add_repa_head(tokenizer, where)
-    called = {ours: official_name(ours, names) for ours in tokenizer.state_dict()}
-    wanted = {theirs: ours for ours, theirs in called.items()}
-    tensors = {wanted.get(official, official): x for official, x in unwrapped(load_tensors(path), path).items()}
-    positions, K, D = tensors.get("decoder.positions"), tokenizer_config.registers, tokenizer_config.dec_width
-    if positions is not None:
-        if positions.shape != (1, 1, D, K):
-            raise UserError(f"{path}: tensor {shown(called['decoder.positions'])[1:-1]} is "
-                            f"{shown(list(positions.shape))}, expected {[1, 1, D, K]}")
-        tensors["decoder.positions"] = positions[0, 0].T                          # (1, 1, D, K) -> (K, D)
-    load_weights(tokenizer, tensors, path, device, dtype, fixed_tables(tensors), called)
-    return tokenizer.to(device).eval()
+    return load_official(tokenizer, unwrapped(load_tensors(path), path), names, path, device, dtype)
+
+
+def read_videoflextok(name, device="cpu", dtype=torch.float32):
+    """Official checkpoint (directory, safetensors file, hub name) -> `VideoFlexTok` in eval mode. Raises `UserError`.
+
+    dtype: None is as stored. Its REPA head, if there is one, is left out. A hub repository in our own form is read too.
+    """
+    config, where, path = read_config(name)
+    if where != path and config.get("format") == "minFlexTok video":
+        return VideoFlexTok.from_pretrained(own_directory(path), device, dtype)
+    if not {"video_flex_tok", "encoder"} & config.keys():
+        raise UserError(f'{where}: not a minFlexTok video tokenizer ("format": "minFlexTok video") nor an official one '
+                        f'("video_flex_tok")')
+    sizes, names, registers_first = follow_clip_config(config, where)
+    tensors = {x.removeprefix("video_tokenizer."): y for x, y in unwrapped(load_tensors(path), path).items()}
+    for tensor, x in tensors.items():
+        if not x.numel() or not x.dim():
+            raise UserError(f"{path}: tensor {shown(tensor)[1:-1]} is {shown(list(x.shape))}; none may be empty")
+    dead = config.get("video_flex_tok", config)["decoder"]["module_dict"].keys() - names.values()
+    tensors = {x: y for x, y in tensors.items() if not x.startswith(tuple(f"decoder.module_dict.{m}." for m in dead))}
+    tables = {"enc_positions": "encoder.patch_embed.positions", "dec_positions": "decoder.patch_embed.positions",
+              "code_positions": "decoder.positions"}
+    lengths = {size: tensors[table].shape[-1] for size, ours in tables.items()
+               if (table := official_name(ours, names)) in tensors}
+    tokenizer = unloaded_video(replace(sizes, **lengths), vidtok_config(tensors, path), where)
+    tokenizer.official = config
+    registers = official_name("encoder.registers", names)
+    if registers in tensors:  # a table may be longer than a window
+        tensors[registers] = tensors[registers][:rows_of(sizes.frames)]           # (T, K, D)
+    return load_official(tokenizer, tensors, names, path, device, dtype, registers_first)
 
 
 def own_directory(path):
@@ -480,16 +664,18 @@ def own_directory(path):
     return os.path.dirname(path)
 
 
-def read_config(config_path, path, alone):
-    """The config of a checkpoint, and the file it was in: config.json, or the safetensors file at `path` (metadata).
+def read_config(name):
+    """The config of a checkpoint (directory, weights file, hub name), the file that it was in, the file of the weights.
 
-    alone: the file was named, and not its directory; then its own metadata comes first.
+    It is in config.json, or in the metadata of the weights, which come first if they are what was named.
     """
-    if alone or not os.path.isfile(config_path) and os.path.isfile(path):
+    config_path, path = find(name, "config.json", "model.safetensors")
+    if os.path.isfile(name) or not os.path.isfile(config_path) and os.path.isfile(path):
         in_metadata = read_metadata(path)
         if "encoder" in in_metadata:
-            return in_metadata, path
-    return read_json(config_path), config_path
+            return in_metadata, path, path
+    config = read_json(config_path)
+    return config if isinstance(config, dict) else {}, config_path, path
 
 
 def read_metadata(path):
@@ -535,8 +721,31 @@ def vae_config_path(hub_path, where):
                     f"nor a hub name")
 
 
+def vidtok_config(tensors, where):
+    """Sizes of a VidTok, whose file has none, from the shapes of its tensors."""
+    def block(level, i):
+        return f"vae.vidtok.encoder.down.{level}.block.{i}.conv1.weight"
+
+    channels = shape_of(tensors, "vae.vidtok.encoder.conv_in.conv.weight", where)[0]
+    found, layers = [], 0
+    while block(len(found), 0) in tensors:
+        found.append(tensors[block(len(found), 0)].shape[0] // channels)
+    while block(0, layers) in tensors:
+        layers += 1
+    latents = shape_of(tensors, "vae.vidtok.encoder.conv_out.conv.weight", where)[0] // 2
+    return checked_sizes(VidTokConfig, {"channels": channels, "channel_mult": found, "layers_per_block": layers,
+                                        "latent_channels": latents}, where)
+
+
+def shape_of(tensors, name, path):
+    """The shape of a tensor that the file `path` must have."""
+    if name not in tensors:
+        raise UserError(f"{path}: lacks tensor {name}; it belongs to a model of another kind")
+    return tensors[name].shape
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Writing
+# Writing tokenizers and priors
 
 
 def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_d18_d28_dfn"):
@@ -553,298 +762,48 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
         return model.save_pretrained(directory, dtype)
     if isinstance(model, GPT):
         return export_flexar(model, directory, dtype, tokenizer)
-    if isinstance(model, VideoFlexTok):
-        return export_official_video(model, directory, dtype)
+    if isinstance(model, VideoFlexTok) and not isinstance(model.vae, VidTok):
+        raise UserError("a video tokenizer without VidTok has no official form")
     if not isinstance(model.quantizer, FSQ):
         raise UserError(f"a tokenizer whose quantiser is {type(model.quantizer).__name__} has no official form")
     if model.config.scale_codes:
         raise UserError("a tokenizer that scales what FSQ reads (--scale_codes) has no official form")
-    head = getattr(model, "repa_head", None)
-    repa = head and (head["out_proj"].out_features, 1 + len(head["mlp"]) // 2)
-    config = official_config(model.config, model.vae.config, repa)
-    if still_describes(model):
-        config = {part: module for part, module in model.official.items() if part in PARTS}
-    _, names = follow_config(config, directory)
-    tensors = {official_name(name, names): x for name, x in model.state_dict().items()}
-    positions = official_name("decoder.positions", names)
-    tensors[positions] = tensors[positions].T[None, None]                         # (K, D) -> (1, 1, D, K)
-    model.vae.save_pretrained(os.path.join(directory, "vae"), dtype)
+    if isinstance(model, VideoFlexTok):
+        config = model.official if still_describes(model) else official_clip_config(model.config)
+        _, names, registers_first = follow_clip_config(config, directory)
+        metadata, tensors = config.get("video_flex_tok", config), official_tensors(model, names, registers_first)
+    else:
+        head = getattr(model, "repa_head", None)
+        repa = head and (head["out_proj"].out_features, 1 + len(head["mlp"]) // 2)
+        config = official_config(model.config, model.vae.config, repa)
+        if still_describes(model):
+            config = {part: module for part, module in model.official.items() if part in PARTS}
+        # no "format" here: the official loader takes every entry for an argument
+        metadata = {"_target_": "flextok.flextok_wrapper.FlexTok", **config}
+        tensors = official_tensors(model, follow_config(config, directory)[1])
+        model.vae.save_pretrained(os.path.join(directory, "vae"), dtype)
     write_json(os.path.join(directory, "config.json"), config)
-    # no "format" here: the official loader takes every entry for an argument
-    metadata = {name: str(value) for name, value in {"_target_": "flextok.flextok_wrapper.FlexTok", **config}.items()}
+    metadata = {name: str(value) for name, value in metadata.items()}
     save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, metadata=metadata)
-    if str(config["vae"].get("hf_hub_path")).startswith("."):
+    if str(lookup(config, "vae.hf_hub_path")).startswith("."):
         print(f"{directory}: the official code opens it only from inside that directory, where its VAE is ./vae")
+
+
+# Sizes that no official config tells: how weights began, and lengths of tables
+UNTOLD = {"patch_position_std", "position_std", "code_std", "head_std", "enc_positions", "dec_positions",
+          "code_positions"}
 
 
 def still_describes(model):
     """Whether the official config that `model` came with still fits: it holds training settings that ours does not."""
     try:
-        config, _ = follow_config(model.official, "official")
+        follow_it = follow_config if isinstance(model, FlexTok) else follow_clip_config
+        config = follow_it(model.official, "official")[0]
     except UserError:  # {} too: a model that was made here
         return False
-    scaling = model.official["vae"].get("scaling_factor") or model.vae.config.scaling_factor
-    initial = {name: getattr(model.config, name) for name in ("position_std", "code_std", "head_std")}
-    return replace(config, **initial) == model.config and scaling == model.vae.config.scaling_factor
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# VideoFlexTok: the same kind of config, of another package; only rows that differ from an image tokenizer's are here
-
-CLIP_ROWS = {
-    "vae": {"path": "compressors.vidtok.VidTokVAE", "sizes": {},
-            "settings": {"images_read_key": "rgb", "vae_latents_read_key": "vae_latents_reconst",
-                         "images_reconst_write_key": "rgb_reconst", "tokenizer_id": "vidtok_kl_causal_488_16chn"}},
-    "enc_posemb_module": {"sizes": {"dim": "enc_width", "max_sizes": "enc_positions"}, "settings": LEARNED},
-    "enc_register_module": {"path": "model.preprocessors.registers.RegistersTemporal2D",
-                            "sizes": {"dim": "enc_width", "n_max": "registers", "t_max": "T"}},
-    "enc_seq_packer": {"settings": {"mask_mode": "time_block_causal_last", "pad_to_multiple": 128}},
-    "dec_registers_posemb_module": {"sizes": {"dim": "dec_width", "max_sizes": "code_positions"}},
-    "dec_latent_dropout": {"reads": {"read_write_key": "dec_quants#prefixed"}},
-    "dec_patches_posemb_module": {"sizes": {"dim": "dec_width", "max_sizes": "dec_positions"}, "settings": LEARNED},
-    "dec_seq_packer": {"sizes": {"mask_mode": "dec_mask"},
-                       "settings": {"per_subseq_embs": True, "pad_to_multiple": 128}},
-    "flow_matching_noise_module": {"path": "flow_matching.noise_modules.PrefixMinRFNoiseModule",
-                                   "settings": {"prefix_len": [0, 1], "keep_prefix_prob": [0.5, 0.5]}},
-    "pipeline": {"path": "flow_matching.pipelines.VideoMinRFPipeline",
-                 "reads": {"latents_read_key": "quants", "timesteps_read_key": "timesteps",
-                           "reconst_write_key": "vae_latents_reconst", "noised_videos_read_key": "flow_noised_latents"},
-                 "settings": {"_partial_": True, "cond_vae_latents_key": "cond_vae_latents"}},
-}
-PREFIX_MASKING = Row(
-    "dec_prefix_masking", "model.preprocessors.token_dropout.MaskedPrefixDropout",
-    {"read_write_key": "dec_quants#kept"}, {"read_write_key": "dec_quants#prefixed"}, {"dim": "dec_width"},
-    {"prefix_len_read_key": "prefix_len", "eval_prefix_len_read_key": "eval_prefix_len"})
-CLIP_CLASSES = {PACKER: "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker",
-                UNPACKER: "model.postprocessors.seq_unpacking.SequenceInterleavedUnpacker"}
-# What training alone uses, and what only names an entry or a place
-CLIP_FREE = {"prefix_len", "keep_prefix_prob", "max_cond_sigma", "cond_sigma_prob", "prefix_len_read_key",
-             "eval_prefix_len_read_key", "prefix_len_write_key", "loss_mask_write_key", "cond_vae_latents_key",
-             "tokenizer_id", "vidtok_config_path", "ckpt_path", "intermediate_layer_write_key"}
-
-
-def clip_rows(rows):
-    """The rows of a part of an image tokenizer -> those of the same part of a clip's."""
-    for row in rows:
-        if row.name in OPTIONAL:
-            continue
-        yield row._replace(**{"path": CLIP_CLASSES.get(row.path, row.path), **CLIP_ROWS.get(row.name, {})})
-        if row.name == "dec_nested_dropout":
-            yield PREFIX_MASKING
-
-
-CLIP_PARTS = {part: list(clip_rows(rows)) for part, rows in PARTS.items()}
-
-
-def follow_clip_config(config, where):
-    """Official config of a VideoFlexTok -> (`VideoConfig`, names of its modules, whether the decoder packs registers
-    first). Both of its forms: the parts alone, or with the sizes of windows around them. Raises `UserError`.
-    """
-    check_targets(config, where, r"videoflextok(\.\w+)+")
-    around, config = config, config.get("video_flex_tok", config) if isinstance(config, dict) else None
-    for part in CLIP_PARTS:
-        modules = config.get(part) if isinstance(config, dict) else None
-        is_list = part in ("encoder", "decoder")
-        if not isinstance(modules, dict) or is_list and not isinstance(modules.get("module_dict"), dict):
-            raise UserError(f"{where}: {part} is {shown(modules)}, expected a module{' with a module_dict' * is_list}")
-    refusals = []
-    for registers_first in (False, True):  # which tokens the decoder packs first decides whose modulation is first
-        holds, names, sizes = {}, {}, {}
-        try:
-            for part, rows in CLIP_PARTS.items():
-                modules = config[part]["module_dict"] if len(rows) > 1 else {part: config[part]}
-                if part == "decoder":
-                    modules = living(modules, held_key(config["vae"]))
-                    modules = {name: reversed_lists(module) if registers_first else module
-                               for name, module in modules.items()}
-                modules = {name: {argument: value for argument, value in module.items() if argument not in CLIP_FREE}
-                           if isinstance(module, dict) else module for name, module in modules.items()}
-                follow(modules, rows, holds, sizes, names, where)
-            break
-        except UserError as refusal:
-            refusals.append(refusal)
-    else:
-        raise refusals["Packer" in str(refusals[0])]
-    L, T, levels = sizes.pop("L"), sizes.pop("T"), config["regularizer"].get("levels")
-    for size in ("enc_positions", "dec_positions", "code_positions"):
-        sizes.pop(size)  # their tables tell
-    p = sizes["patch_size"]
-    if not isinstance(p, (list, tuple)) or [type(n) for n in p] != [int] * 3 or p[0] != 1 or not p[1] == p[2] > 0:
-        raise UserError(f"{where}: patch_sizes {shown(p)}, expected [1, p, p]")
-    sizes |= {name: config["regularizer"].get(name) or 0.0 for name in ("drop_quant_p", "corrupt_tokens_p")}
-    frames, overlap = around.get("chunk_size", 17), around.get("overlap_size_frames", 1)
-    if type(frames) is not int or type(overlap) is not int:
-        raise UserError(f"{where}: chunk_size {shown(frames)}, overlap_size_frames {shown(overlap)}: expected integers")
-    sizes |= {"patch_size": p[1], "frames": frames, "stride": frames - overlap, "levels": levels,
-              "grid": clip_grid(around, p[1], where)}
-    found = checked_sizes(VideoConfig, sizes, where)
-    if len(found.levels) != L or type(T) is not int or T < rows_of(found.frames):
-        raise UserError(f"{where}: {shown(L)} outputs for levels {shown(levels)}, t_max {shown(T)} for windows of "
-                        f"{found.frames} frames: they do not fit")
-    return found, names, registers_first
-
-
-def clip_grid(around, p, where):
-    """(rows, columns) of patches: from vae_video_sizes (T, h, w), one or a list of one; else of the official class."""
-    size = around.get("vae_video_sizes") or [5, 16, 16]
-    size = size[0] if isinstance(size, list) and len(size) == 1 else size
-    if not isinstance(size, (list, tuple)) or len(size) != 3 or not all(type(n) is int and 0 < n < 2**15 for n in size):
-        raise UserError(f"{where}: vae_video_sizes {shown(size)}, expected [frames, height, width]")
-    return tuple(n // p for n in size[1:])
-
-
-def held_key(vae):
-    """The entry that the VAE decodes: what all of the decoder is for."""
-    return vae.get("vae_latents_read_key")
-
-
-def living(modules, goal):
-    """Without those modules that nothing leads from to the entry `goal`: a REPA head, of training only."""
-    wanted, alive = {goal} if isinstance(goal, str) else set(), []
-    for name, module in reversed(modules.items()):
-        entries = {"read": set(), "write": set()}
-        for argument, value in module.items() if isinstance(module, dict) else ():
-            keys = [key for key in (value if isinstance(value, list) else [value]) if isinstance(key, str)]
-            for way in entries:
-                if way in argument and argument.endswith(("_key", "_keys")):
-                    entries[way].update(keys)
-        if not module or not isinstance(module, dict) or entries["write"] & wanted:
-            alive.append(name)
-            wanted = wanted - entries["write"] | entries["read"]
-    return {name: module for name, module in modules.items() if name in alive}
-
-
-def reversed_lists(module):
-    """A packer or unpacker with the entries that it packs in the other order; any other module as it is."""
-    if not isinstance(module, dict):
-        return module
-    return {argument: value[::-1] if argument.endswith(("input_list_read_keys", "inner_seq_write_keys"))
-            and isinstance(value, list) else value for argument, value in module.items()}
-
-
-def clip_name(name, names):
-    """Our tensor name of a `VideoFlexTok` -> the official one."""
-    return "vae.vidtok." + name.removeprefix("vae.") if name.startswith("vae.") else official_name(name, names)
-
-
-def turned(name, x, registers_first):
-    """A tensor from our form into the official one: tables as (axes, 1, D, M), modulations in the packer's order."""
-    if name.endswith(".positions"):
-        return x.transpose(1, 2)[:, None]                                         # (a, M, D) -> (a, 1, D, M)
-    if registers_first and ".adaln." in name and len(x) % 2 == 0:
-        return x.unflatten(0, (2, -1)).flip(0).flatten(0, 1)                      # (12·D, ...), its halves exchanged
-    return x
-
-
-def turned_back(name, x, registers_first, where):
-    """The inverse of `turned`."""
-    if not name.endswith(".positions"):
-        return turned(name, x, registers_first)
-    if x.dim() != 4 or x.shape[1] != 1:
-        raise UserError(f"{where}: a table of positions is {shown(list(x.shape))}, expected [axes, 1, width, places]")
-    return x[:, 0].transpose(1, 2)                                                # (a, 1, D, M) -> (a, M, D)
-
-
-def vidtok_config(tensors, where):
-    """Sizes of a VidTok, whose file has none, from the shapes of its tensors under our names."""
-    def shape(name):
-        if name not in tensors:
-            raise UserError(f"{where}: lacks tensor vae.vidtok.{name.removeprefix('vae.')}")
-        return tensors[name].shape
-    c, found = shape("vae.encoder.conv_in.conv.weight")[0], []
-    while f"vae.encoder.down.{len(found)}.block.0.conv1.weight" in tensors:
-        found.append(shape(f"vae.encoder.down.{len(found)}.block.0.conv1.weight")[0] // c)
-    layers = sum(bool(re.fullmatch(r"vae\.encoder\.down\.0\.block\.\d+\.conv1\.weight", name)) for name in tensors)
-    return checked_sizes(VidTokConfig, {"channels": c, "channel_mult": found, "layers_per_block": layers,
-                                        "latent_channels": shape("vae.encoder.conv_out.conv.weight")[0] // 2}, where)
-
-
-def read_videoflextok(name, device="cpu", dtype=torch.float32):
-    """Official checkpoint (directory, safetensors file, hub name) -> `VideoFlexTok` in eval mode. Raises `UserError`.
-
-    dtype: None is as stored. Its REPA head, if there is one, is left out. A hub repository in our own form is read too.
-    """
-    config_path, path = find(name, "config.json", "model.safetensors")
-    config, where = read_config(config_path, path, alone=os.path.isfile(name))
-    if where == config_path and isinstance(config, dict) and config.get("format") == "minFlexTok video":
-        return VideoFlexTok.from_pretrained(own_directory(path), device, dtype)
-    if not isinstance(config, dict) or not {"video_flex_tok", "encoder"} & config.keys():
-        raise UserError(f'{where}: not a minFlexTok video tokenizer ("format": "minFlexTok video") nor an official one '
-                        f'("video_flex_tok")')
-    sizes, names, registers_first = follow_clip_config(config, where)
-    tensors = {x.removeprefix("video_tokenizer."): y for x, y in unwrapped(load_tensors(path), path).items()}
-    for tensor, x in tensors.items():
-        if not x.numel() or not x.dim():
-            raise UserError(f"{path}: tensor {shown(tensor)[1:-1]} is {shown(list(x.shape))}; none may be empty")
-    dead = set((config.get("video_flex_tok") or config)["decoder"]["module_dict"]) - set(names.values())
-    tensors = {x: y for x, y in tensors.items() if not x.startswith(tuple(f"decoder.module_dict.{m}." for m in dead))}
-    ours = {"vae." + x.removeprefix("vae.vidtok."): y for x, y in tensors.items() if x.startswith("vae.vidtok.")}
-    lengths = {size: tensors[table].shape[-1] for size, table in (
-        (size, clip_name(f"{part}.positions", names)) for size, part in (
-            ("enc_positions", "encoder.patch_embed"), ("dec_positions", "decoder.patch_embed"),
-            ("code_positions", "decoder"))) if table in tensors}
-    tokenizer = unloaded_video(replace(sizes, **lengths), vidtok_config(ours, path), where)
-    called = {mine: clip_name(mine, names) for mine in tokenizer.state_dict()}
-    wanted = {theirs: mine for mine, theirs in called.items()}
-    tensors = {wanted.get(x, x): turned_back(wanted.get(x, x), y, registers_first, path) for x, y in tensors.items()}
-    registers = tensors.get("encoder.registers")
-    if registers is not None:  # a table may be longer than a window
-        tensors["encoder.registers"] = registers[:rows_of(sizes.frames)]          # (T, K, D)
-    load_weights(tokenizer, tensors, path, device, dtype, called=called)
-    tokenizer.official = config
-    return tokenizer.to(device).eval()
-
-
-def official_clip_config(config):
-    """The config of the official package for a `VideoConfig`, with the sizes of windows around it."""
-    T, p = rows_of(config.frames), config.patch_size
-    sizes = asdict(config) | {"L": len(config.levels), "T": T, "patch_size": [1, p, p]}
-    sizes |= {size: [sizes[size]] * (2 if size == "code_positions" else 3)
-              for size in ("enc_positions", "dec_positions", "code_positions")}
-
-    def module(row):
-        values = {argument: sizes[size] for argument, size in row.sizes.items()}
-        return wired(row, "videoflextok.") | values | row.settings
-
-    official = {part: module(rows[0]) for part, rows in CLIP_PARTS.items()}
-    for part in ("encoder", "decoder"):
-        official[part] = {"_target_": "videoflextok.model.utils.wrappers." + WRAPPER,
-                          "module_dict": {row.name: module(row) for row in CLIP_PARTS[part]}}
-    for argument in ("intermediate_layer_write_key", "intermediate_layers"):
-        del official["decoder"]["module_dict"]["dec_transformer"][argument]
-    official["encoder"]["module_dict"]["enc_register_module"]["n_min"] = config.registers
-    official["regularizer"] |= {"levels": list(config.levels), "drop_quant_p": config.drop_quant_p,
-                                "corrupt_tokens_p": config.corrupt_tokens_p}
-    return {"video_flex_tok": {"_target_": "videoflextok.wrappers.VideoFlexTok", **official},
-            "chunk_size": config.frames, "overlap_size_frames": config.overlap,
-            "vae_video_sizes": [T, *(side * p for side in config.grid)]}
-
-
-def export_official_video(tokenizer, directory, dtype=None):
-    """Write a `VideoFlexTok` as the official code opens it: config.json and model.safetensors.
-
-    dtype: of the weights; None is as they are. The config is the one that the tokenizer came with where that still
-    fits it. Raises UserError for one on pixels, whose VAE the official code does not have.
-    """
-    if not isinstance(tokenizer.vae, VidTok) or not isinstance(tokenizer.quantizer, FSQ):
-        raise UserError("a video tokenizer without VidTok, or with another quantiser than FSQ, has no official form")
-    if tokenizer.config.scale_codes:
-        raise UserError("a video tokenizer that scales what FSQ reads (--scale_codes) has no official form")
-    ours = {name: getattr(tokenizer.config, name) for name in ("enc_positions", "dec_positions", "code_positions",
-                                                               "patch_position_std", "position_std", "code_std",
-                                                               "head_std")}
-    config = tokenizer.official
-    try:
-        fits = replace(follow_clip_config(config, "official")[0], **ours) == tokenizer.config
-    except UserError:  # {} too: a model that was made here
-        fits = False
-    config = config if fits else official_clip_config(tokenizer.config)
-    _, names, registers_first = follow_clip_config(config, directory)
-    tensors = {clip_name(name, names): turned(name, x, registers_first) for name, x in tokenizer.state_dict().items()}
-    write_json(os.path.join(directory, "config.json"), config)
-    inner = config.get("video_flex_tok", config)
-    metadata = {name: str(value) for name, value in inner.items()}
-    save_tensors(os.path.join(directory, "model.safetensors"), tensors, dtype, metadata=metadata)
+    untold = {name: value for name, value in asdict(model.config).items() if name in UNTOLD}
+    scaling = None, 0, getattr(model.vae.config, "scaling_factor", None)  # 0 and null mean "see the VAE"
+    return replace(config, **untold) == model.config and lookup(model.official, "vae.scaling_factor") in scaling
 
 
 # ---------------------------------------------------------------------------------------------------------------
