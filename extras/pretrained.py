@@ -75,13 +75,6 @@ UNPACKER, HEADS = "model.postprocessors.seq_unpacking.SequenceUnpacker", "model.
 ZERO = {"use_mup_readout": False, "weight_init_style": "zero", "dtype_override": None}
 SINCOS, LEARNED = ({"posemb_type": kind, "posemb_scaling": "absolute"} for kind in ("sincos", "learnable_sum"))
 
-VAE_PART = [
-    Row("vae", "vae_wrapper.StableDiffusionVAE", {}, {"vae_latents_write_key": "vae_latents"},
-        {"latent_channels": "latent_channels"},
-        {"images_read_key": "rgb", "vae_latents_read_key": "vae_latents_reconst",
-         "images_reconst_write_key": "rgb_reconst", "vae_kl_loss_write_key": "vae_kl_loss", "dtype_override": "fp32",
-         "sample_posterior": True, "force_vae_encode": False, "frozen": True})]
-
 ENCODER = [
     Row("enc_channels_to_last", FIRST_TO_LAST, {"read_key": "vae_latents"}, {"write_key": "vae_latents_bhwc"}),
     Row("enc_patch_emb", PATCHES, {"input_tensor_list_read_key": "vae_latents_bhwc"},
@@ -106,18 +99,6 @@ ENCODER = [
     Row("enc_to_latents", HEADS + "LinearHead", {"read_key": "enc_registers#out"},
         {"write_key": "enc_registers#encoded"}, {"dim": "enc_width", "dim_out": "L"}, ZERO),
 ]
-
-QUANTIZER = [
-    Row("regularizer", "regularizers.quantize_fsq.FSQ", {"latents_read_key": "enc_registers#encoded"},
-        {"quants_write_key": "quants", "tokens_write_key": "tokens"},
-        {"levels": "levels", "drop_quant_p": "drop_quant_p", "corrupt_tokens_p": "corrupt_tokens_p"},
-        {"packed_call": True})]
-
-NOISE = [
-    Row("flow_matching_noise_module", "flow_matching.noise_modules.MinRFNoiseModule",
-        {"clean_images_read_key": "vae_latents"},
-        {"noised_images_write_key": "flow_noised_latents", "timesteps_write_key": "timesteps",
-         "sigmas_write_key": "sigmas"}, settings={"ln": True, "stratisfied": False, "mode_scale": 0.0})]
 
 DECODER = [
     Row("dec_from_latents", "model.preprocessors.linear.LinearLayer", {"read_key": "quants"},
@@ -166,17 +147,34 @@ DECODER = [
         {"write_key": "vae_latents_reconst"}),
 ]
 
-PIPELINE = [
-    Row("pipeline", "flow_matching.pipelines.MinRFPipeline",
-        {"latents_read_key": "quants", "timesteps_read_key": "timesteps",
-         "reconst_write_key": "vae_latents_reconst", "noised_images_read_key": "flow_noised_latents"}, {},
-        {"out_channels": "latent_channels"},
-        {"_partial_": True, "noise_read_key": None, "target_sizes_read_key": None})]
-
-PARTS = {"vae": VAE_PART, "encoder": ENCODER, "regularizer": QUANTIZER, "flow_matching_noise_module": NOISE,
-         "decoder": DECODER, "pipeline": PIPELINE}   # in the order of execution
+PARTS = {  # in the order of execution
+    "vae": [
+        Row("vae", "vae_wrapper.StableDiffusionVAE", {}, {"vae_latents_write_key": "vae_latents"},
+            {"latent_channels": "latent_channels"},
+            {"images_read_key": "rgb", "vae_latents_read_key": "vae_latents_reconst", "dtype_override": "fp32",
+             "images_reconst_write_key": "rgb_reconst", "vae_kl_loss_write_key": "vae_kl_loss",
+             "sample_posterior": True, "force_vae_encode": False, "frozen": True})],
+    "encoder": ENCODER,
+    "regularizer": [
+        Row("regularizer", "regularizers.quantize_fsq.FSQ", {"latents_read_key": "enc_registers#encoded"},
+            {"quants_write_key": "quants", "tokens_write_key": "tokens"},
+            {"levels": "levels", "drop_quant_p": "drop_quant_p", "corrupt_tokens_p": "corrupt_tokens_p"},
+            {"packed_call": True})],
+    "flow_matching_noise_module": [
+        Row("flow_matching_noise_module", "flow_matching.noise_modules.MinRFNoiseModule",
+            {"clean_images_read_key": "vae_latents"},
+            {"noised_images_write_key": "flow_noised_latents", "timesteps_write_key": "timesteps",
+             "sigmas_write_key": "sigmas"}, settings={"ln": True, "stratisfied": False, "mode_scale": 0.0})],
+    "decoder": DECODER,
+    "pipeline": [
+        Row("pipeline", "flow_matching.pipelines.MinRFPipeline",
+            {"latents_read_key": "quants", "timesteps_read_key": "timesteps",
+             "reconst_write_key": "vae_latents_reconst", "noised_images_read_key": "flow_noised_latents"}, {},
+            {"out_channels": "latent_channels"},
+            {"_partial_": True, "noise_read_key": None, "target_sizes_read_key": None})],
+}
 WRAPPER = "SequentialModuleDictWrapper"
-OPTIONAL = ("dec_repa_unpacker", "dec_repa")         # the REPA branch: training only
+OPTIONAL = ("dec_repa_unpacker", "dec_repa")  # the REPA branch: training only
 
 # Arguments that do not matter after training, that only name an entry or a place, and those that are read elsewhere: in
 # `class_of`, `follow_config` and `vae_config_of`
@@ -227,18 +225,9 @@ PREFIX_MASKING = Row(
     {"prefix_len_read_key": "prefix_len", "eval_prefix_len_read_key": "eval_prefix_len"})
 CLIP_CLASSES = {PACKER: "model.preprocessors.flex_seq_packing.BlockWiseSequenceInterleavePacker",
                 UNPACKER: "model.postprocessors.seq_unpacking.SequenceInterleavedUnpacker"}
-
-
-def clip_rows(rows):
-    """The rows of a part of an image tokenizer -> those of the same part of a clip's."""
-    for row in rows:
-        if row.name not in OPTIONAL:
-            yield row._replace(**{"path": CLIP_CLASSES.get(row.path, row.path), **CLIP_ROWS.get(row.name, {})})
-        if row.name == "dec_nested_dropout":
-            yield PREFIX_MASKING
-
-
-CLIP_PARTS = {part: list(clip_rows(rows)) for part, rows in PARTS.items()}
+CLIP_PARTS = {part: [row._replace(**{"path": CLIP_CLASSES.get(row.path, row.path), **CLIP_ROWS.get(row.name, {})})
+                     for row in rows if row.name not in OPTIONAL] for part, rows in PARTS.items()}
+CLIP_PARTS["decoder"].insert(3, PREFIX_MASKING)  # behind dec_nested_dropout
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -371,13 +360,9 @@ def follow(modules, rows, holds, sizes, names, where):
             if sizes.setdefault(size, value) != value:
                 raise UserError(f"{place}: {argument} {shown(value)}, but another module has {shown(sizes[size])}")
         for argument, states in row.writes.items():
-            keys = module.get(argument)
-            if keys is None:  # if it matters, whatever reads this is refused
-                continue
-            keys, states = (keys, states) if isinstance(states, list) else ([keys], [states])
-            if not isinstance(keys, (list, tuple)) or [type(key) for key in keys] != [str] * len(states):
-                raise UserError(f"{place}: {argument} {shown(keys)}, expected a name for each of {states}")
-            holds.update(zip(keys, states))
+            keys, states = (x if isinstance(x, (list, tuple)) else [x] for x in (module.get(argument), states))
+            # what is no name is left out: if it matters, whatever reads it is refused
+            holds.update((key, state) for key, state in zip(keys, states) if isinstance(key, str))
         names[row.name] = name
     for row in rows:
         if row.name not in names and row.name not in OPTIONAL:
@@ -678,6 +663,30 @@ def read_config(name):
     return config if isinstance(config, dict) else {}, config_path, path
 
 
+def beside(name, file):
+    """The path of a file of a checkpoint (directory, weights file or hub name); None if it has none of that name."""
+    if is_hub_name(name):
+        try:
+            return hub_file(name, file)
+        except UserError:
+            return None
+    path = os.path.join(os.path.dirname(name) if os.path.isfile(name) else name, file)
+    return path if os.path.isfile(path) else None
+
+
+def config_of(name):
+    """The config.json of a checkpoint (directory, weights file or hub name); {} if it has none."""
+    path = beside(name, "config.json")
+    config = read_json(path) if path else {}
+    return config if isinstance(config, dict) else {}
+
+
+def is_official_video(name):
+    """Whether a checkpoint's config.json is that of an official video tokenizer, or on the hub of one of ours."""
+    config = config_of(name)
+    return "video_flex_tok" in config or config.get("format") == "minFlexTok video"
+
+
 def read_metadata(path):
     """The config in a safetensors file's metadata: every value is Python's text of it; unreadable, it stays text."""
     config = {}
@@ -700,9 +709,6 @@ def vae_config_of(wrapped, channels, where):
     if hub_path is not None:
         path = vae_config_path(hub_path, where)
         values = asdict(config_from_diffusers(read_json(path), path))
-    if values.get("latent_channels", channels) != channels:
-        raise UserError(f"{where}: latent_channels {channels}, but the VAE at {shown(hub_path)} has "
-                        f"{values['latent_channels']}")
     scaling = scaling or values.get("scaling_factor")  # as official: 0 and null mean "see the VAE"
     return checked(VAEConfig, values | {"latent_channels": channels, "scaling_factor": scaling}, f"{where}: vae")
 
@@ -958,7 +964,7 @@ def read_flexar(name, device="cpu", dtype=torch.float32):
     dtype: None is as stored. The tokenizer's and T5's own weights may lie in the same file and are left out. A hub
     repository or a file in our own form is read as well. Raises UserError naming the file and the reason.
     """
-    if form_of(name) == "minFlexTok prior":
+    if config_of(name).get("format") == "minFlexTok prior":
         return GPT.from_pretrained(own_directory(find(name, "config.json", "model.safetensors")[1]), device, dtype)
     yaml_path, path = find(name, "config.yaml", "model.safetensors")
     tensors, called = {}, {}
@@ -969,7 +975,10 @@ def read_flexar(name, device="cpu", dtype=torch.float32):
         if ours == official:
             raise UserError(f"{path}: holds tensor {shown(official)[1:-1]}; this is no FlexAR prior")
         tensors[ours], called[ours] = tensor, official
-    text = read_text(yaml_path) if os.path.isfile(yaml_path) else ""
+    text = ""
+    if os.path.isfile(yaml_path):
+        with open(yaml_path, encoding="utf-8", errors="replace") as file:
+            text = file.read(2**20)
     yaml = parse_yaml(text, yaml_path)
     check_targets(yaml, yaml_path, r"(flextok_ar|flextok|l3m|torch\.nn)(\.\w+)+")
     try:
@@ -988,36 +997,10 @@ def read_flexar(name, device="cpu", dtype=torch.float32):
     return model.to(device).eval()
 
 
-def beside(name, file):
-    """The path of a file of a checkpoint (directory, weights file or hub name); None if it has none of that name."""
-    if is_hub_name(name):
-        try:
-            return hub_file(name, file)
-        except UserError:
-            return None
-    path = os.path.join(os.path.dirname(name) if os.path.isfile(name) else name, file)
-    return path if os.path.isfile(path) else None
-
-
-def form_of(name):
-    """What the config.json of a checkpoint says of its form: "minFlexTok", "minFlexTok prior", or diffusers' class."""
-    path = beside(name, "config.json")
-    config = read_json(path) if path else {}
-    return str(config.get("format") or config.get("_class_name") or "") if isinstance(config, dict) else ""
-
-
-def read_text(path):
-    """A configuration's text, of at most 1 MB."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(2**20)
-
-
 def flexar_config(tensors, yaml, path):
     """Tensors and the configuration -> `GPTConfig`, `FlexARConfig`. The text tells what the tensors do not."""
     def shape(name):
-        if name not in tensors:
-            raise UserError(f"{path}: lacks tensor {name}; this is no FlexAR prior")
-        return tensors[name].shape
+        return shape_of(tensors, name, path)
 
     def has(pattern):
         return any(re.search(pattern + "$", name) for name in tensors)
@@ -1236,19 +1219,13 @@ class Command:
 
 
 def load_any(name):
-    """A checkpoint in any form -> its `FlexTok`, `VAE` or `GPT`, tensors as stored, and whether it was official."""
-    form = form_of(name)
-    is_prior = form == "minFlexTok prior" or not form and beside(name, "config.yaml")
-    Tokenizer = VideoFlexTok if is_official_video(name) else FlexTok
-    Model = GPT if is_prior else VAE if form == "AutoencoderKL" else Tokenizer
-    return Model.from_pretrained(name, dtype=None), not form.startswith("minFlexTok")
-
-
-def is_official_video(name):
-    """Whether a checkpoint's config.json is that of an official video tokenizer, or on the hub of one of ours."""
-    path = beside(name, "config.json")
-    config = read_json(path) if path else {}
-    return isinstance(config, dict) and ("video_flex_tok" in config or config.get("format") == "minFlexTok video")
+    """A checkpoint in any form -> its model, tensors as stored, and whether it was official."""
+    form = config_of(name).get("format") or config_of(name).get("_class_name", "")
+    if form == "minFlexTok prior" or not form and beside(name, "config.yaml"):
+        Model = GPT
+    else:
+        Model = VAE if form == "AutoencoderKL" else VideoFlexTok if is_official_video(name) else FlexTok
+    return Model.from_pretrained(name, dtype=None), not str(form).startswith("minFlexTok")
 
 
 def inspect(name):
@@ -1259,12 +1236,9 @@ def inspect(name):
     tensors = model.state_dict().values()
     print(f"{name}: a {kind} in {'the official' if official else 'our'} form, {sum(x.numel() for x in tensors):,} "
           f"numbers stored as {', '.join(sorted({str(x.dtype).removeprefix('torch.') for x in tensors}))}")
-    configs = [model.config]
-    if isinstance(model, (FlexTok, VideoFlexTok)) and model.vae.config:
-        configs.append(model.vae.config)
-    if isinstance(model, GPT):
-        configs.append(FlexARConfig(**model.official.get("variants", {})))
-    for config in configs:
+    more = FlexARConfig(**model.official.get("variants", {})) if isinstance(model, GPT) else (
+        model.vae.config if not isinstance(model, VAE) else None)
+    for config in filter(None, [model.config, more]):
         print(f"  {type(config).__name__}; in brackets what is usual:")
         for field in fields(config):
             value = getattr(config, field.name)
