@@ -378,9 +378,6 @@ def measure(row, config, device, part):
     return dict(row=row.name, ratio=plain_seconds / seconds, difference=difference)
 
 
-HEADER = f"{'':34}{'ms, ours':>10}{'plain':>10} {'per':6}{'ratio':>7} {'MiB, ours':>9}{'plain':>9}   differ"
-
-
 def difference_of(ours, plain):
     """The largest difference, relative to the largest value; of tokens the share that are others."""
     if plain.is_floating_point():
@@ -506,7 +503,8 @@ def main(config):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         print(f"d{config.enc_depth}-d{config.dec_depth}, K = {config.registers}, {config.image_size} px, "
               f"{config.precision}{', compiled' if config.compile else ''}; {device}, {name}, "
-              f"torch {torch.__version__}; median of {config.repeats}\n{HEADER}")
+              f"torch {torch.__version__}; median of {config.repeats}\n"
+              f"{'':34}{'ms, ours':>10}{'plain':>10} {'per':6}{'ratio':>7} {'MiB, ours':>9}{'plain':>9}   differ")
     figures = []
     for part in parts:
         if part == "memory":

@@ -147,8 +147,6 @@ def fetch(url, path, etag, size, label):
     part, failures = path + ".incomplete", 0
     os.makedirs(os.path.dirname(path), exist_ok=True)
     open(part, "ab").close()
-    if os.path.getsize(part) > size:
-        os.truncate(part, 0)
     while (have := os.path.getsize(part)) < size:
         try:
             problem = receive(url, part, have, size, label)

@@ -433,13 +433,9 @@ def official_config(config, vae_config, repa=None):
     sizes = asdict(config) | {"patch_size": [config.patch_size] * 2}
     sizes["repa_features"], sizes["repa_layers"] = repa or (0, 0)
     official = written(PARTS, "flextok.", sizes)
-    modules = official["decoder"]["module_dict"]
     if repa is None:
         for name in OPTIONAL:
-            del modules[name]
-    if config.dec_depth == 1:  # there is no middle
-        for argument in ("intermediate_layer_write_key", "intermediate_layers"):
-            del modules["dec_transformer"][argument]
+            del official["decoder"]["module_dict"][name]
     # A VAE of the official sizes needs no path. Another is read from the folder beside it, see `export_official`.
     standard = VAEConfig(latent_channels=config.latent_channels, scaling_factor=vae_config.scaling_factor) == vae_config
     official["vae"] |= {"scaling_factor": vae_config.scaling_factor, "hf_hub_path": None if standard else "./vae"}
@@ -453,8 +449,6 @@ def official_clip_config(config):
                               "dec_positions": [config.dec_positions] * 3,
                               "code_positions": [config.code_positions] * 2}
     official = written(CLIP_PARTS, "videoflextok.", sizes)
-    for argument in ("intermediate_layer_write_key", "intermediate_layers"):
-        del official["decoder"]["module_dict"]["dec_transformer"][argument]
     return {"video_flex_tok": {"_target_": "videoflextok.wrappers.VideoFlexTok", **official},
             "chunk_size": config.frames, "overlap_size_frames": config.overlap,
             "vae_video_sizes": [T, *(side * p for side in config.grid)]}
@@ -483,6 +477,9 @@ def written(parts, package, sizes):
         official[part] = modules[part] if len(rows) == 1 else {
             "_target_": f"{package}model.utils.wrappers.{WRAPPER}", "module_dict": modules}
     official["encoder"]["module_dict"]["enc_register_module"]["n_min"] = sizes["registers"]
+    if parts is CLIP_PARTS or sizes["dec_depth"] == 1:  # no REPA head; no middle
+        transformer = official["decoder"]["module_dict"]["dec_transformer"]
+        del transformer["intermediate_layer_write_key"], transformer["intermediate_layers"]
     return official
 
 
@@ -795,11 +792,6 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
         print(f"{directory}: the official code opens it only from inside that directory, where its VAE is ./vae")
 
 
-# Sizes that no official config tells: how weights began, and lengths of tables
-UNTOLD = {"patch_position_std", "position_std", "code_std", "head_std", "enc_positions", "dec_positions",
-          "code_positions"}
-
-
 def still_describes(model):
     """Whether the official config that `model` came with still fits: it holds training settings that ours does not."""
     try:
@@ -807,7 +799,8 @@ def still_describes(model):
         config = follow_it(model.official, "official")[0]
     except UserError:  # {} too: a model that was made here
         return False
-    untold = {name: value for name, value in asdict(model.config).items() if name in UNTOLD}
+    # how weights began and how long tables are, no official config tells
+    untold = {name: x for name, x in asdict(model.config).items() if name.endswith(("_std", "_positions"))}
     scaling = None, 0, getattr(model.vae.config, "scaling_factor", None)  # 0 and null mean "see the VAE"
     return replace(config, **untold) == model.config and lookup(model.official, "vae.scaling_factor") in scaling
 
@@ -923,13 +916,12 @@ def vary(gpt, varied, where):
     if varied == FlexARConfig():
         return
     config, biases = gpt.config, varied.biases.split()
-    others = {"attn": VariedSelfAttention, "self_attn": VariedSelfAttention, "cross_attn": VariedCrossAttention,
-              "mlp": VariedMLP}
+    others = {SelfAttention: VariedSelfAttention, CrossAttention: VariedCrossAttention, SwiGLU: VariedMLP}
     with gpt.device:
         for block in gpt.trunk.blocks:
-            for name in [name for name, _ in block.named_children()]:
-                other = others[name](config, varied) if name in others else (
-                    make_norm(varied.norm, config.width, varied.norm_eps))
+            for name, part in list(block.named_children()):
+                Other = others.get(type(part))
+                other = Other(config, varied) if Other else make_norm(varied.norm, config.width, varied.norm_eps)
                 setattr(block, name, other)
         gpt.trunk.post_trunk_norm = make_norm(varied.norm if varied.post_norm else "", config.width, varied.norm_eps)
         if varied.head_norm or "head" in biases:
@@ -1180,12 +1172,9 @@ def parse_yaml(text, path):
 def yaml_lines(value, indent=""):
     """Nested dicts, with lists of plain values, -> the lines of a YAML text in block style."""
     for name, item in value.items():
-        if isinstance(item, dict):
+        if isinstance(item, (dict, list)):
             yield f"{indent}{name}:"
-            yield from yaml_lines(item, indent + "  ")
-        elif isinstance(item, list):
-            yield f"{indent}{name}:"
-            yield from (f"{indent}- {entry}" for entry in item)
+            yield from yaml_lines(item, indent + "  ") if isinstance(item, dict) else [f"{indent}- {x}" for x in item]
         else:  # a number like 1e-05 needs its point, or YAML takes it for text
             text = re.sub(r"^(-?\d+)e", r"\1.0e", str(item)) if isinstance(item, float) else str(item)
             yield f"{indent}{name}: {text.lower() if isinstance(item, bool) else text}"
