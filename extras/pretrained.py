@@ -754,12 +754,11 @@ def shape_of(tensors, name, path):
 def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_d18_d28_dfn"):
     """Write what the official code opens. dtype: of the weights; None is as they are.
 
-    A `FlexTok`: config.json and model.safetensors (the hub form; the latter has the config in its metadata too, and
-    alone is the single-file form), vae/ (diffusers). If its VAE is not of the official sizes, the config names it
-    ./vae: the official code then opens the directory only from inside itself (cd there first), and this is printed.
-    A `VAE`: its diffusers directory. A `VideoFlexTok`: config.json and model.safetensors. A `GPT`: config.yaml and
-    model.safetensors; `tokenizer` is the hub name or path of the tokenizer whose tokens it writes. Raises UserError for
-    what has no such form.
+    A tokenizer: config.json and model.safetensors (the hub form; the latter has the config in its metadata too, and
+    alone is the single-file form), of images also vae/ (diffusers). If that VAE is not of the official sizes, the config
+    names it ./vae: the official code opens the directory only from inside itself, and this is printed. A `VAE`: its
+    diffusers directory. A `GPT`: config.yaml and model.safetensors; `tokenizer`: the hub name or path of the tokenizer
+    whose tokens it writes. Raises UserError for what has no such form.
     """
     if isinstance(model, VAE):
         return model.save_pretrained(directory, dtype)
