@@ -755,9 +755,9 @@ def export_official(model, directory, dtype=None, tokenizer="EPFL-VILAB/flextok_
     """Write what the official code opens. dtype: of the weights; None is as they are.
 
     A tokenizer: config.json and model.safetensors (the hub form; the latter has the config in its metadata too, and
-    alone is the single-file form), of images also vae/ (diffusers). If that VAE is not of the official sizes, the config
-    names it ./vae: the official code opens the directory only from inside itself, and this is printed. A `VAE`: its
-    diffusers directory. A `GPT`: config.yaml and model.safetensors; `tokenizer`: the hub name or path of the tokenizer
+    alone is the single-file form), of images also vae/ (diffusers). If that VAE is not of the official sizes, the
+    config names it ./vae: the official code opens the directory only from inside itself, and this is printed. A `VAE`:
+    its diffusers directory. A `GPT`: config.yaml and model.safetensors; `tokenizer`: the hub name or path of the one
     whose tokens it writes. Raises UserError for what has no such form.
     """
     if isinstance(model, VAE):
