@@ -397,13 +397,14 @@ def held(module, argument, holds):
     return holds.get(keys) if isinstance(keys, str) else None
 
 
-def clip_parts(config, registers_first=False):
+def clip_parts(config, registers_first):
     """The parts of a VideoFlexTok's config, without those modules of the decoder that nothing leads from to what the
     VAE decodes: a REPA head, of training only. registers_first: with what is packed in the other order.
     """
     parts = config.get("video_flex_tok", config) if isinstance(config, dict) else None
     parts = parts if isinstance(parts, dict) else {}
-    modules, wanted, alive = lookup(parts, "decoder.module_dict"), {str(lookup(parts, "vae.vae_latents_read_key"))}, {}
+    modules, alive = lookup(parts, "decoder.module_dict"), {}
+    wanted = {str(lookup(parts, "vae.vae_latents_read_key"))}
     if not isinstance(modules, dict):
         return parts
     for name, module in reversed(modules.items()):
@@ -415,6 +416,7 @@ def clip_parts(config, registers_first=False):
                     entries[way].update(keys)
             if registers_first and argument in ("input_list_read_keys", "inner_seq_write_keys"):
                 module = module | {argument: value[::-1] if isinstance(value, list) else value}
+        # what is no module stays, to be refused
         if not module or not isinstance(module, dict) or entries["write"] & wanted:
             alive[name] = module
             wanted = wanted - entries["write"] | entries["read"]
@@ -459,11 +461,12 @@ def written(parts, package, sizes):
     sizes, official = sizes | {"L": len(sizes["levels"])}, {}
 
     def module(row):
-        path, _, op = row.path.partition(" ")
-        values, op = {"_target_": package + path}, f"{package}model.utils.dict_ops.{op}" if op else ""
-        if op:  # as each package's own files have it
-            values["per_sample_op"] = ({"_target_": "hydra.utils.get_method", "path": op} if package == "flextok." else
-                                       {"_target_": op, "_partial_": True})
+        path, _, function = row.path.partition(" ")
+        values = {"_target_": package + path}
+        if function:  # as each package's own files have it
+            function = f"{package}model.utils.dict_ops.{function}"
+            values["per_sample_op"] = ({"_target_": "hydra.utils.get_method", "path": function}
+                                       if parts is PARTS else {"_target_": function, "_partial_": True})
         for argument, what in (row.reads | row.writes).items():
             names = [one.split("#")[0] for one in (what if isinstance(what, list) else [what])]
             values[argument] = names if isinstance(what, list) else names[0]
@@ -1208,7 +1211,8 @@ class Command:
 
 def load_any(name):
     """A checkpoint in any form -> its model, tensors as stored, and whether it was official."""
-    form = config_of(name).get("format") or config_of(name).get("_class_name", "")
+    config = config_of(name)
+    form = config.get("format") or config.get("_class_name", "")
     if form == "minFlexTok prior" or not form and beside(name, "config.yaml"):
         Model = GPT
     else:
@@ -1224,9 +1228,12 @@ def inspect(name):
     tensors = model.state_dict().values()
     print(f"{name}: a {kind} in {'the official' if official else 'our'} form, {sum(x.numel() for x in tensors):,} "
           f"numbers stored as {', '.join(sorted({str(x.dtype).removeprefix('torch.') for x in tensors}))}")
-    more = FlexARConfig(**model.official.get("variants", {})) if isinstance(model, GPT) else (
-        model.vae.config if not isinstance(model, VAE) else None)
-    for config in filter(None, [model.config, more]):
+    configs = [model.config]
+    if isinstance(model, GPT):
+        configs.append(FlexARConfig(**model.official.get("variants", {})))
+    elif not isinstance(model, VAE) and model.vae.config:
+        configs.append(model.vae.config)
+    for config in configs:
         print(f"  {type(config).__name__}; in brackets what is usual:")
         for field in fields(config):
             value = getattr(config, field.name)
