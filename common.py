@@ -47,6 +47,12 @@ def shown(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def one_line(message):
+    """A message as it is printed: one line of at most 300 characters, whatever a path or a flag in it may hold."""
+    line = " ".join(message.split())
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-95:]}"
+
+
 def command(main, *args):
     """Run a script's `main(*args)`; what the user or the system can mend becomes one line on stderr and exit code 2.
 
@@ -70,7 +76,7 @@ def command(main, *args):
         if dist.is_initialized():
             gc.collect()  # DDP holds the group too; threads left to the interpreter's last breath abort one run in 30
             dist.destroy_process_group()
-    print(problem, file=sys.stderr)
+    print(one_line(problem), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # Python writes what is left when it ends, and would fail once more
@@ -103,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message):
-        self.exit(2, f"error: {message.removeprefix('argument ')[:300]}\n")
+        self.exit(2, one_line(f"error: {message.removeprefix('argument ')}") + "\n")
 
 
 def from_cli(Config, presets={}, argv=None, positional="", needs_preset=False):

@@ -698,21 +698,31 @@ def batches(dataset, batch_size, seed, run, start_step=0, workers=0):
 
 
 def one_sentence(iterator, workers):
-    """Yield from a loader's iterator; an error in one of its worker processes becomes a `UserError`; none outlives us.
+    """A loader's iterator, where an error in one of its worker processes becomes a `UserError`, and none outlives us.
 
     Python waits for its child processes when it ends, and these ignore SIGTERM: they have to be killed first.
     """
     processes = getattr(iterator, "_workers", [])
-    atexit.register(lambda: [process.kill() for process in processes])
-    try:
-        yield from iterator
-    except Exception as error:
-        if not workers:
-            raise
-        last = str(error).strip().splitlines()[-1]  # of a traceback
-        raise UserError(last.split("UserError: ")[-1] if "UserError: " in last else
-                        f"--workers {workers}: a process that loads images failed ({shown(last)}); "
-                        f"with --workers 0 there is more to see") from None
+    if hasattr(signal, "SIGCHLD"):  # torch would raise wherever we are, even at exit; asked for a batch, it sees as well
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def end():
+        for process in processes:
+            process.kill()
+    atexit.register(end)
+
+    def items():
+        try:
+            yield from iterator
+        except Exception as error:
+            if not workers:
+                raise
+            end()  # the loader, when it goes, would wait ten seconds for each
+            last = str(error).strip().splitlines()[-1]  # of a traceback
+            raise UserError(last.split("UserError: ")[-1] if "UserError: " in last else
+                            f"--workers {workers}: a process that loads images failed ({shown(last)}); "
+                            f"with --workers 0 there is more to see") from None
+    return items()
 
 
 # ---------------------------------------------------------------------------------------------------------------

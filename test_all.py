@@ -8,6 +8,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import gc
 import glob
 import hashlib
 import html.parser
@@ -27,6 +28,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import zlib
 
@@ -2270,6 +2272,30 @@ def test_no_error_and_no_signal_leaves_a_run_hanging(tmp_path, tiny_vae, process
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100)
     assert words in done.stdout + done.stderr, done.stderr[-2000:]
     assert (done.returncode == code) if processes == 1 else ((done.returncode == 0) == (code == 0))
+    assert processes == 2 or ("Traceback" in done.stderr) == (code == 1)
+
+
+class BadShapes(Shapes):
+    """None of them can be made: `kill` ends the process that tries."""
+    kill = False
+
+    def get(self, i, rng=None):
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+        raise MemoryError("no memory for this")
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_loader_process_that_fails_or_is_killed_is_one_sentence_and_nobody_waits_for_it(kill):
+    dataset = BadShapes(16)
+    dataset.kill = kill
+    stream = batches(dataset, 4, 0, Run(torch.device("cpu")), workers=2)
+    with pytest.raises(UserError, match="--workers 2: a process that loads images failed"):
+        next(stream)
+    since = time.time()
+    del stream
+    gc.collect()
+    assert time.time() - since < 8
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -2693,7 +2719,8 @@ def test_captions_become_words_of_bytes_with_an_end():
 
 def test_letters_and_words_in_another_order_are_another_caption():
     encoder = CaptionEncoder(CaptionConfig())
-    assert all(torch.equal(x, y) for x, y in zip(encoder.tokenize(["Red,STAR "]), encoder.tokenize(["red star"])))
+    for caption in ("Red,STAR ", "“red star.”", '"Red star".'):
+        assert all(torch.equal(x, y) for x, y in zip(encoder.tokenize([caption]), encoder.tokenize(["red star"])))
     padded, mask = encoder.tokenize(["red star"], multiple=4)                     # (1, 4, P), (1, 4)
     assert mask.tolist() == [[True] * 3 + [False]]
     states = encoder(padded, mask)[0][:, :3]                                      # (1, 3, E)
@@ -5237,6 +5264,16 @@ def test_help_shows_the_values_of_the_preset_and_a_missing_preset_is_asked_for(c
     text = refused(capsys, lambda: from_cli(Example, EXAMPLES, ["--steps", "1"], needs_preset=True))
     assert text.splitlines()[1:] == ["  big    8 GPUs, a day: as large as it gets", "  small  1 thread, a minute"]
     assert from_cli(Example, EXAMPLES, ["--preset", "small"], needs_preset=True).steps == 1
+
+
+def test_whatever_a_path_or_a_flag_holds_an_error_is_one_line_of_at_most_300_characters(capsys):
+    def fails():
+        raise UserError("--data " + "a\nb" * 1000 + ": expected emoji, shapes or an existing folder")
+    for action in (lambda: common.command(fails), lambda: from_cli(VAETrainConfig, argv=["--steps", "x\n" * 1000])):
+        with pytest.raises(SystemExit):
+            action()
+        error = capsys.readouterr().err
+        assert error.startswith("error: --") and error.count("\n") == 1 and len(error) <= 301
 
 
 def test_what_the_system_refuses_and_ctrl_c_end_a_script_in_one_line(capsys):

@@ -79,12 +79,13 @@ class CaptionEncoder(nn.Module):
     def tokenize(self, captions, multiple=1):
         """List of B strings -> ids (B, M, P) int64, mask (B, M), True where real; M: words of the longest, and its END.
 
-        A word is what lies between spaces and commas; how many there are, and capitals, make no difference. multiple: M
-        is rounded up to one of it, for those who want few different shapes.
+        A word is what lies between spaces and commas; how many there are, and capitals, make no difference, nor do
+        quotation marks around the caption and a full stop at its end. multiple: M is rounded up to one of it, for those
+        who want few different shapes.
         """
         rows = []
         for caption in captions:
-            words = caption.lower().replace(",", " ").split()
+            words = caption.lower().strip(" .\"“”").replace(",", " ").split()
             pieces = [piece for word in words for piece in word_ids(word)][:self.config.max_words]
             rows.append(torch.tensor([*pieces, [END] + [0] * (WORD_BYTES - 1)]))  # (m, P)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B, M, P)
