@@ -73,6 +73,8 @@ def command(main, *args):
     except KeyboardInterrupt:
         problem, code = "stopped", 130
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun tells those that are ending as well
+            signal.signal(number, signal.SIG_DFL)
         if dist.is_initialized():
             gc.collect()  # DDP holds the group too; threads left to the interpreter's last breath abort one run in 30
             dist.destroy_process_group()

@@ -2891,6 +2891,14 @@ def test_an_unreadable_image_takes_the_label_and_caption_of_the_one_that_replace
     assert tokens.caption(broken) == files[broken + 1] and tokens.label(broken) == dataset.label(broken + 1)
 
 
+def test_a_token_beyond_the_vocabulary_in_the_cache_is_refused(tmp_path, tiny_tokenizer):
+    path, dataset = str(tmp_path / "tokens.npy"), Shapes(16, length=70)
+    make_tokens(path, tiny_tokenizer, dataset)
+    np.load(path, mmap_mode="r+")[3, 1] = 12
+    with pytest.raises(UserError, match="tokens.npy: damaged, it holds the token 12"):
+        make_tokens(path, tiny_tokenizer, dataset)
+
+
 def test_an_empty_class_is_refused_by_name(tmp_path, tiny_tokenizer):
     dataset = Shapes(16, length=300)
     dataset.classes = [*KINDS, "dragon"]
@@ -5274,6 +5282,16 @@ def test_whatever_a_path_or_a_flag_holds_an_error_is_one_line_of_at_most_300_cha
             action()
         error = capsys.readouterr().err
         assert error.startswith("error: --") and error.count("\n") == 1 and len(error) <= 301
+
+
+def test_a_signal_while_a_script_ends_does_not_end_in_a_traceback():
+    """torchrun sends SIGTERM to all processes once one has failed, and the others may be ending, too."""
+    script = ("import gc, os, signal, common, torch.distributed as dist\n"
+              "dist.is_initialized, dist.destroy_process_group = lambda: True, lambda: None\n"
+              "gc.collect = lambda: os.kill(os.getpid(), signal.SIGTERM)\n"
+              "def main():\n    raise common.UserError('no')\ncommon.command(main)")
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
 def test_what_the_system_refuses_and_ctrl_c_end_a_script_in_one_line(capsys):

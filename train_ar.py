@@ -234,6 +234,9 @@ def cache_tokens(images, views, config, tokenizer, run):
                     labels=labels, captions=captions)
     cached.fill(lambda part, row: torch.cat(tokenizer.tokenize(to_float(part.to(run.device)))).cpu().numpy(),
                 "stage 1 of 2, tokens:", seconds_to_come(config, run, tokenizer, len(images.classes)))
+    most = np.load(path, mmap_mode="r").max()
+    if most >= tokenizer.quantizer.vocab_size:
+        raise UserError(f"{path}: damaged, it holds the token {most}; delete it and {path}.json")
     return cached
 
 
