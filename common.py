@@ -90,7 +90,7 @@ def check_range(config, least, most, *names):
     """Raise `UserError` for a field of `config` among `names` that is not a finite number from `least` to `most`."""
     for name in names:
         value = getattr(config, name)
-        if not (least <= value <= most and math.isfinite(value)):
+        if not least <= value <= min(most, 2**63 - 1):
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise UserError(f"--{name} {value}: expected {expected}")
 

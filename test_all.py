@@ -1873,7 +1873,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     (dict(head_dim=48), "head_dim 48"), (dict(seed=-1), "--seed -1"), (dict(log_every=0), "--log_every 0"),
     (dict(micro_batch=3), "--batch_size 8"), (dict(vae="", vae_preset="none"), "--vae_preset none"),
     (dict(precision="fp8"), "--precision fp8"), (dict(cache_latents=1, micro_batch=-1), "--micro_batch -1"),
-    (dict(dec_depth=0), "--dec_depth 0"), (dict(lr=math.nan), "--lr nan"),
+    (dict(dec_depth=0), "--dec_depth 0"), (dict(lr=math.nan), "--lr nan"), (dict(steps=10**400), "--steps 1000"),
     (dict(null_p=2.0), "--null_p 2.0: expected 0 to 1"),
     (dict(t_sampler="uniform", t_mean=0.5), "--t_mean 0.5: --t_sampler uniform has none"),
     (dict(warmup=1000), "--warmup 1000: --steps 10 end before")])
