@@ -794,10 +794,12 @@ class Checkpoints:
         def evaluate_and_save(step, due):
             if due:
                 averaged = average()
-                new = stop.unless_stopped(lambda: evaluate(averaged, step)) if averaged else None
-                self.metrics = new or {}
-                if new:
-                    log(step=step, **new)
+                found = [stop.unless_stopped(lambda: evaluate(averaged, step)) if averaged else None]
+                if run.world > 1:
+                    dist.broadcast_object_list(found)
+                self.metrics = found[0] or {}
+                if self.metrics:
+                    log(step=step, **self.metrics)
             self.save(step, self.metrics)
             log.reset(step)  # this does not count as training time
 

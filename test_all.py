@@ -2232,8 +2232,10 @@ def test_ctrl_c_and_sigterm_save_and_a_half_written_file_never_shows(tmp_path, t
 POISONED = """
 import os, sys, signal
 sys.path.insert(0, sys.argv.pop(1))
-import common, data, evaluate, train_tokenizer
+import common, data, evaluate, train_tokenizer, vae
 where = sys.argv.pop(1)
+vae.PRESETS["small"] = dict(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, batch_size=4, steps=2,
+                            warmup=1)
 def fails(*args, **more):
     raise MemoryError("no memory for this")
 def stops(*args, **more):
@@ -2273,6 +2275,16 @@ def test_no_error_and_no_signal_leaves_a_run_hanging(tmp_path, tiny_vae, process
     assert words in done.stdout + done.stderr, done.stderr[-2000:]
     assert (done.returncode == code) if processes == 1 else ((done.returncode == 0) == (code == 0))
     assert processes == 2 or ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_two_processes_go_on_from_the_vae_to_the_tokenizer(tmp_path):
+    """Only the main one evaluates the VAE, but all have to know that it is done."""
+    (tmp_path / "run.py").write_text(POISONED)
+    settings = {**TINY, "vae_preset": "small", "out": tmp_path / "run", "steps": 2}
+    done = subprocess.run([*TWO_PROCESSES, str(tmp_path / "run.py"), HERE, "nowhere", *command_of("", settings)[2:]],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run/config.json").read_text())["step"] == 2
 
 
 class BadShapes(Shapes):
