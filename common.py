@@ -233,7 +233,7 @@ def pick_device(name="auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # a CUDA graph records what runs on the current one
     except (RuntimeError, AssertionError, NotImplementedError) as error:

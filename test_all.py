@@ -5503,6 +5503,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
             (["empty"], "empty: no readable image"), (["image.png", "--ks", "17"], "k = 17: .*1 to 16"),
             (["image.png", "--n", "0"], "--n 0"), (["image.png", "--timesteps", "0"], "--timesteps 0"),
             (["image.png", "--out", "grid.jpg"], "grid.jpg.*png"), (["image.png", "--device", "tpu"], "--device tpu"),
+            (["image.png", "--device", "meta"], "--device meta"),
             (["encode"], "name at least one image"),
             (["encode", "image.png", "--out", "x.txt"], "x.txt: .*json or .npy"),
             (["encode", "image.png", "--k", "99"], "k = 99"), (["decode"], "name one"),
