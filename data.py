@@ -703,7 +703,7 @@ def one_sentence(iterator, workers):
     Python waits for its child processes when it ends, and these ignore SIGTERM: they have to be killed first.
     """
     processes = getattr(iterator, "_workers", [])
-    if hasattr(signal, "SIGCHLD"):  # torch would raise wherever we are, even at exit; asked for a batch, it sees as well
+    if hasattr(signal, "SIGCHLD"):  # torch would raise wherever we are, even at exit; the next batch tells as well
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def end():
