@@ -608,24 +608,19 @@ def save_tensors(path, tensors, dtype=torch.float32, keep=(), metadata={"format"
             file.write(stored.view(-1).view(torch.uint8).numpy())                 # (bytes,)
 
 
-def load_tensors(path):
+def load_tensors(path, read=load_file):
     """A safetensors file as {name: tensor}, mapped: bytes are read when used. Raises `UserError` if it is unfit."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
-        return load_file(path)
+        return read(path)
     except (SafetensorError, OSError, MemoryError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({shown(str(error))})") from None
 
 
 def open_header(path):
     """A safetensors file whose header has been read and checked, and none of its tensors. Raises `UserError`."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError, MemoryError) as error:
-        raise UserError(f"{path}: not a valid safetensors file ({shown(str(error))})") from None
+    return load_tensors(path, lambda path: safe_open(path, "pt"))
 
 
 def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=(), called={}):

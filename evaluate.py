@@ -88,7 +88,10 @@ class Copies:
 
 
 def draw(tokenizer, tokens, timesteps=25, guidance_scale=1.0, generator=None):
-    """B tensors (1, k_i) -> images (B, 3, H, W), in parts of 64; each draws its noise from `generator`, in turn."""
+    """B tensors (1, k_i) -> images (B, 3, H, W), in parts of 64; each draws its noise from `generator`, in turn.
+
+    Of clips B tensors (1, t, k) -> (B, 3, F, H, W).
+    """
     generator = generator or torch.Generator().manual_seed(0)
     parts = [tokenizer.detokenize(tokens[i:i + 64], timesteps, guidance_scale, generator=generator)
              for i in range(0, len(tokens), 64)]
@@ -103,13 +106,14 @@ def reconstruction(tokenizer, images, timesteps=25, guidance_scale=1.0):
     mean and largest number of distinct tokens at a position: near 1 is a collapsed position, n means that every image
     has its own.
     columns: (n, 3, H, W) each: the images, what the VAE alone makes of them, then each k.
+    Of clips (n, 3, F, H, W) likewise, with k tokens a row.
     """
-    tokens = tokenizer.tokenize(images)                                           # n x (1, K)
+    tokens = tokenizer.tokenize(images)                                           # n x (1, K); of clips (1, t, K)
     ks = powers_of_two(tokenizer.config.registers)
     columns = [images, tokenizer.vae.decode(tokenizer.vae.latents(images))]       # (n, 3, H, W) each
-    columns += [draw(tokenizer, [row[:, :k] for row in tokens], timesteps, guidance_scale) for k in ks]
+    columns += [draw(tokenizer, [rows[..., :k] for rows in tokens], timesteps, guidance_scale) for k in ks]
     decibels = [psnr(column, images).mean().item() for column in columns[1:]]
-    distinct = [len(position.unique()) for position in torch.cat(tokens).T]       # K
+    distinct = [len(position.unique()) for position in torch.cat(tokens).flatten(1).T]  # K; of clips t·K
     metrics = {"ks": ks, "psnr": decibels[1:], "psnr_vae": decibels[0],
                "distinct_tokens": [min(distinct), sum(distinct) / len(distinct), max(distinct)]}
     return metrics, columns, ["original", "VAE", *(f"k={k}" for k in ks)]
@@ -411,14 +415,12 @@ def rebuild_clips(config):
     ways = torch.tensor([DIRECTIONS[x.direction] for x in movers])                # (n, 2)
     quick = torch.tensor([x.speed == "quickly" for x in movers])                  # (n,)
     between = later * sum(SPEEDS.values()) / 2  # slowly is less, quickly more
-    tokens, ks = tokenizer.tokenize(clips), powers_of_two(tokenizer.config.registers)
     scale = config.guidance_scale or tokenizer.recommended_guidance
-    columns = {"original": clips, "VAE": tokenizer.vae.decode(tokenizer.vae.latents(clips))}
-    columns |= {f"k={k}": draw(tokenizer, [x[..., :k] for x in tokens], config.timesteps, scale) for k in ks}
+    _, columns, names = reconstruction(tokenizer, clips, config.timesteps, scale)  # (n, 3, F, S, S) each
     judge = Judge("shapes", size, config.judge_steps)
     print(f"{len(rows)} clips of one shape; what it is in the first frame, how it moves in the first {later + 1}; "
           f"guidance {scale:g}")
-    for name, column in columns.items():
+    for name, column in zip(names, columns):
         verdict, _ = judge.verdict(column[:, :, 0], wanted)
         at = centres(column.clamp(-1, 1).cpu())                                   # (n, F, 2)
         moved = at[:, later] - at[:, 0]                                           # (n, 2)

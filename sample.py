@@ -127,7 +127,7 @@ class Decode:
 def reconstruct(config):
     """Write the grid: original, then the image rebuilt from each number of tokens; print the mean PSNR of each."""
     check_sampling(config)
-    if config.tokenizer != SHIPPED and is_video(config.tokenizer):
+    if is_video(config.tokenizer):
         return reconstruct_clips(config)
     check_range(config, 1, math.inf, "n")
     check_ending(config.out, ".png")
@@ -154,7 +154,7 @@ def generate(config):
     check_range(config, -1000, 1000, "cfg_scale")
     if config.temperature != -1:
         check_range(config, 0, math.inf, "temperature")
-    of_clips = config.tokenizer != SHIPPED and is_video(config.tokenizer)
+    of_clips = is_video(config.tokenizer)
     moving = config.stream or of_clips
     out = "out/generate.webp" if moving and config.out == Generate.out else config.out
     check_ending(out, *((".webp", ".gif") if moving else (".png",)))
@@ -214,7 +214,7 @@ def encode(config):
     """Images -> a file of tokens. Only 32 images are in memory at a time, so that a folder may hold any number."""
     if not config.paths:
         raise UserError("encode: name at least one image or folder")
-    if config.tokenizer != SHIPPED and is_video(config.tokenizer):
+    if is_video(config.tokenizer):
         return encode_clips(config)
     check_ending(config.out, ".json", ".npy")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
@@ -240,7 +240,7 @@ def decode(config):
     if len(config.paths) != 1:
         raise UserError(f"decode: name one .json or .npy file of tokens, not {len(config.paths)}")
     check_sampling(config)
-    if config.tokenizer != SHIPPED and is_video(config.tokenizer):
+    if is_video(config.tokenizer):
         return decode_clips(config)
     check_ending(config.out, ".png", "")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))

@@ -183,7 +183,9 @@ def by_t(loss, t, null):
 
 
 def sample_t(config, B, generator, device):
-    """t (B,) by the method that --t_sampler names."""
+    """t (B,) by the method that --t_sampler names; raises `UserError` for one that is not known, or has no --t_mean."""
+    if config.t_mean and config.t_sampler != "logit_normal":
+        raise UserError(f"--t_mean {config.t_mean}: --t_sampler {config.t_sampler} has none; only logit_normal has")
     if config.t_sampler == "logit_normal":
         return flow.t_logit_normal(B, config.t_mean, generator=generator, device=device)
     if config.t_sampler == "stratified":
@@ -470,8 +472,6 @@ def check(config, run):
     check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
                 "beta2")
     check_range(config, -20, 20, "t_mean")
-    if config.t_mean and config.t_sampler != "logit_normal":
-        raise UserError(f"--t_mean {config.t_mean}: --t_sampler {config.t_sampler} has none; only logit_normal has")
     if config.shard:
         if run.world == 1:
             raise UserError("--shard: splits the model over several processes, and this is the only one; use torchrun")

@@ -30,8 +30,9 @@ from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserErro
                     provenance, recorded, seed_step)
 from clips import save_clip_grid
 from data import batches, open_clips, spread
-from images import draw_curves, psnr, to_float
-from model import powers_of_two, sample_k
+from evaluate import reconstruction
+from images import draw_curves, to_float
+from model import sample_k
 from train_tokenizer import SHORT, by_t, draw_noise, sample_t, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
@@ -92,7 +93,7 @@ class VideoTrainConfig:
     eval_every: int = 5000           # steps; also saves
     eval_clips: int = 32             # held-out clips that are reconstructed
     eval_timesteps: int = 25         # sampler steps
-    eval_guidance: float = 1.0       # 1.0: none, which is best for PSNR
+    eval_guidance: float = 1.0       # 1.0: none; also what sample.py then uses unless told otherwise
     resume: bool = False             # continue the run in --out
     stop_at: int = 0                 # save and end before this step, as if interrupted; 0: never
 
@@ -175,25 +176,6 @@ def build_tokenizer(config, vae):
         scale_codes=config.scale_codes, drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p,
         patch_position_std=config.patch_position_std, position_std=config.position_std, code_std=config.code_std,
         head_std=config.head_std), vae)
-
-
-@torch.no_grad()
-def reconstruction(tokenizer, clips, timesteps=25, guidance_scale=1.0):
-    """Rebuild clips (n, 3, F, H, W) from 1, 2, 4, ..., K tokens a row -> metrics, columns (n, 3, F, H, W), header.
-
-    metrics: "ks"; "psnr", the mean in dB for each k; "psnr_vae", the best one could get; "psnr_first", of first frames;
-    "distinct_tokens", the least, mean and largest number of distinct tokens at a place.
-    """
-    tokens, ks = tokenizer.tokenize(clips), powers_of_two(tokenizer.config.registers)  # n x (1, t, K)
-    columns = [clips, tokenizer.vae.decode(tokenizer.vae.latents(clips))]         # (n, 3, F, H, W) each
-    columns += [tokenizer.detokenize([rows[..., :k] for rows in tokens], timesteps, guidance_scale,
-                                     generator=torch.Generator().manual_seed(0)) for k in ks]
-    decibels = [psnr(column, clips).mean().item() for column in columns[1:]]
-    first = [psnr(column[:, :, 0], clips[:, :, 0]).mean().item() for column in columns[2:]]
-    distinct = [len(place.unique()) for place in torch.cat(tokens).flatten(1).T]  # t·K
-    metrics = {"ks": ks, "psnr": decibels[1:], "psnr_vae": decibels[0], "psnr_first": first,
-               "distinct_tokens": [min(distinct), sum(distinct) / len(distinct), max(distinct)]}
-    return metrics, columns, ["original", "VAE", *(f"k={k}" for k in ks)]
 
 
 def evaluate(tokenizer, clips, config, step):
@@ -314,6 +296,7 @@ def check(config, run):
                 "head_std", "weight_decay", "eval_guidance")
     check_range(config, 0, 1, "stage_2", "first_frame_p", "drop_quant_p", "corrupt_tokens_p", "null_p",
                 "pure_noise_share", "autoencoder_share", "beta2")
+    check_range(config, -20, 20, "t_mean")
     sample_t(config, 1, None, None)
     try:
         sample_k(1, config.registers, config.nested_dropout)
