@@ -765,7 +765,7 @@ class Checkpoints:
                     names = next(iter(saved["state"].values()), {}).keys()
                     for i, moments in saved["state"].items():
                         shapes = {key: () if key == "step" else like["state"][i].shape for key in names}
-                        if shapes != {key: x.shape for key, x in moments.items()}:
+                        if shapes != {key: x.shape for key, x in moments.items() if not x.is_sparse}:
                             raise ValueError(f"moments of parameter {i} are missing or of another shape")
                 part.load_state_dict(split_like(saved, like))
             if self.run.is_main and read_saved(self.config.out).get("step") != self.saved["step"]:

@@ -2122,6 +2122,8 @@ def test_a_resume_file_whose_optimizer_step_or_metrics_are_damaged_is_refused_an
         train(out, tiny_vae, resume=True, stop_at=2)
     for change in (lambda state: state.update(step=-5), lambda state: state["optimizer"]["state"][0].pop("exp_avg"),
                    lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.tensor(0.0)),
+                   lambda state: state["optimizer"]["state"][0].update(
+                       exp_avg=state["optimizer"]["state"][0]["exp_avg"].to_sparse()),
                    lambda state: state["optimizer"]["state"].update({0: 5})):
         with pytest.raises(UserError, match="resume.pt: (does not fit this run|is no resume file)"):
             resume(change)
