@@ -2,7 +2,7 @@
 Rectified flow: the path from data to noise, the training target, the samplers, guidance. No networks in here.
 
     data (t=0) ------- x_t = (1-t)·data + t·noise -------> noise (t=1)          v = dx_t/dt = noise - data
-    image      <------ x <- x - v(x, t)/N, t from 1 to 1/N ------- fresh noise
+    image      <------ x <- x - v(x, t)/S, t from 1 to 1/S ------- fresh noise
 
 Papers: rectified flow, arXiv 2209.03003; FlexTok, arXiv 2502.13967 (the same path and sign, after minRF); guidance:
 CFG, arXiv 2207.12598; APG, arXiv 2410.02416. Not in the official code: the loss.
@@ -95,7 +95,7 @@ def t_mode(B, scale=1.29, generator=None, device=None):
 
 @torch.no_grad()
 def euler(velocity, noise, steps):
-    """Euler's method, `steps` evaluations, t = 1, 1-1/N, ..., 1/N.  noise (B, ...) -> (B, ...)  (official pipeline)"""
+    """Euler's method, `steps` = S evaluations, t = 1, 1-1/S, ..., 1/S.  noise (B, ...) -> (B, ...)  (official pipeline)"""
     x = noise
     times = torch.arange(steps, 0, -1, device=x.device) / steps  # (steps,) float32, made at once: no step waits for it
     for t in times.split(1):                                                      # (1,)

@@ -1,7 +1,7 @@
 """
 Finite scalar quantisation: a vector of L numbers becomes one of V = Π levels tokens, without a learned codebook.
 
-    latents (..., L) --bound--> in (-l/2, l/2) --round--> codes (..., L) in [-1, 1] <--digits--> tokens (...) in [0, V)
+    latents (..., L) --bound--> width l --round--> codes (..., L) in [-1, 1] <--digits--> tokens (...) in [0, V)
 
 Paper: FSQ, arXiv 2309.15505; FlexTok, arXiv 2502.13967, uses levels [8, 8, 8, 5, 5, 5]: V = 64,000, 16 bits a token.
 There is no codebook, hence no codebook loss and no dead entries to revive: the only learned parts are the linear

@@ -237,7 +237,7 @@ def prefix_causal_attention(N, k):
     description in k tokens, however many are asked for. And a prior that writes tokens from left to right can only take
     into account what stands before. Patches see no register, or an early one would see a later one through them.
 
-    SAVING 2. As one attention this needs a dense (N+K)² mask, which the fast kernels do not take. But it has only two
+    SAVING 1. As one attention this needs a dense (N+K)² mask, which the fast kernels do not take. But it has only two
     kinds of rows: patches see exactly the patches, which is attention without a mask; registers see all but those to
     their right, which is causal attention aligned at the lower right corner. Two calls compute the same numbers. And as
     nothing before register j looks at it, leaving out the registers from k on changes no other: k tokens cost N + k.
@@ -331,9 +331,10 @@ def sample_k(B, K, mode, null_p=0.0, generator=None):
     one step and towards many in the next. A share `null_p` gets no token at all, which guidance needs.
 
     The draws are stratified: of 16 places in the batch each draws from its own 16th of the law (of 8, 4, 2 or 1 if B is
-    no multiple of 16), so that every step sees all k. Images are shuffled: none keeps its place. `room` is the most
-    that a place can draw, rounded up by `room_for`: it is the same in every step of a run, so samples of equal room can
-    go through together, in groups that never change their shapes.
+    no multiple of 16), so that a step sees short and long ones alike. Images are shuffled: none keeps its place. `room`
+    is the most that a place can draw, rounded up by `room_for`: it is the same in every step of a run, so samples of
+    equal room can go through together, in groups that never change their shapes. With `pow2`, B = 4 and K = 64, k is
+    2, 16, 4, 64, say, and room always 16, 64, 16, 64: two groups.
     """
     strata = min(16, B & -B)  # the largest power of two that divides B
     place = [int(f"{i % strata:04b}"[::-1], 2) * strata // 16 for i in range(B)]  # bits reversed: spread evenly
@@ -407,7 +408,7 @@ class Decoder(nn.Module):
     def modulations(self, t):
         """All that t decides: t (B,) or (1,) -> (B or 1, 2, 6, D) for each block, last (B or 1, 2, 1, D) for the head.
 
-        SAVING 3. When all samples share t, there is one row: these layers, as large as all others of the blocks
+        SAVING 2. When all samples share t, there is one row: these layers, as large as all others of the blocks
         together, then run once per step, for all images and for both passes of guidance (and never once per token).
         """
         t_embedding = self.time_embed(t)                                          # (B or 1, D)
@@ -459,7 +460,7 @@ class Decoder(nn.Module):
 def full_attention(n, copies, device):
     """Everyone sees everyone; the last of n tokens stands for `copies` equal ones. Returns an `attend` for `Attention`.
 
-    SAVING 1. The K - k dropped registers enter as the same vector, with no position, no mask and the same modulation:
+    SAVING 3. The K - k dropped registers enter as the same vector, with no position, no mask and the same modulation:
     by symmetry they leave every block as the same vector again. So one of them is enough, if attention still counts
     all m. In softmax(q·key), m equal keys put m·exp(s) where one puts exp(s); and m·exp(s) = exp(s + log m): adding
     log m to that key's logit is exact, for its value is then weighted m times too. It is the same function, gradients

@@ -9,7 +9,7 @@ H = f·h with f = 2^(levels - 1). Paper: FlexTok, arXiv 2502.13967, uses the SD/
 with f = 8 and C = 4, 8 or 16. Same modules, same key names as diffusers' AutoencoderKL: its directories load here, and
 ours there. Difference: we leave out the perceptual (LPIPS) loss, which needs a downloaded network.
 
-    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU core, 4 minutes
+    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU thread, 4 minutes
     python vae.py --preset in1k --data /data/imagenet/train --out out/vae_in1k   # one GPU
     torchrun --nproc_per_node 8 vae.py --preset in1k --data ... --out ...        # eight
 
@@ -398,7 +398,7 @@ class VAETrainConfig:
     log_every: int = 50          # steps between log lines
     eval_every: int = 1000       # steps between evaluations, each of which writes a checkpoint
     resume: bool = False         # go on with the run in --out
-    stop_at: int = 0             # save and end after this step, as if interrupted; 0: never
+    stop_at: int = 0             # save and end before this step, as if interrupted; 0: never
 
 
 PRESETS = {

@@ -125,9 +125,9 @@ def time_causal_attention(T, P, K):
 
     All of a row see all earlier rows. Within the row it is as in an image (model.py): patches see the patches, register
     j sees them and registers 0..j. As one attention this would need a dense (T·(P + K))² mask; but what a row may see
-    is the beginning of the sequence up to a place in the row. So each row is two calls that need none, like SAVING 2.
+    is the beginning of the sequence up to a place in the row. So each row is two calls that need none, like SAVING 1.
 
-    The other half of SAVING 2 is lost: here later rows do look at all registers of earlier ones, so the first k tokens
+    The other half of SAVING 1 is lost: here later rows do look at all registers of earlier ones, so the first k tokens
     need all K registers. Only in the last row, or if there is only one, could those from k on be left out.
     """
     from torch.nn.attention.bias import causal_lower_right  # late: it loads torch's compiler, which takes a second
@@ -194,7 +194,7 @@ def clip_attention(T, P, m, copies, mask, device):
     mask "full": everyone sees everyone. "time_block_causal": a row sees itself and earlier rows, by a call for each.
     copies > 1: the last register of each row stands for so many.
 
-    SAVING 1 for clips. All dropped registers of a row enter as the same vector. Under both masks they also see the
+    SAVING 3 for clips. All dropped registers of a row enter as the same vector. Under both masks they also see the
     same: everyone, or the same rows. So they stay equal through all blocks, one of them is enough where attention
     counts it K - k times, and the same holds for a row that is given clean, and for the null condition. It would not
     be exact under a mask that tells registers of a row apart, as the encoder's does (register j sees those up to j):
@@ -319,7 +319,7 @@ def windows(n, size=17, overlap=1, what="frames"):
 class VideoFlexTok(nn.Module):
     """The whole tokenizer: VAE (frozen), encoder, quantiser, decoder.
 
-    >>> tokenizer = VideoFlexTok.from_pretrained("out/video")
+    >>> tokenizer = VideoFlexTok.from_pretrained("assets/video")
     >>> tokens = tokenizer.tokenize(video)                         # list of B tensors (1, t, K)
     >>> video = tokenizer.detokenize([x[..., :16] for x in tokens])
     """
