@@ -623,6 +623,15 @@ def open_header(path):
     return load_tensors(path, lambda path: safe_open(path, "pt"))
 
 
+def digest_of(settings, *modules):
+    """A hash of plain values and of all tensors of `modules`, in hexadecimal."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for module in modules:
+        for tensor in module.state_dict().values():
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
+    return digest.hexdigest()
+
+
 def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=(), called={}):
     """Put `tensors` into `module`, strictly: a missing, extra, misshapen or non-finite one raises `UserError`.
 

@@ -16,7 +16,6 @@ code, D width, nh hd heads and head size.
     python model.py         # prints who attends to whom, shapes, and the size of d12-d12      Next: train_tokenizer.py
 """
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -28,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import flow
-from common import (UserError, checked, compile_blocks, load_tensors, load_weights, read_json, save_tensors, shipped,
-                    shown, write_json)
+from common import (UserError, checked, compile_blocks, digest_of, load_tensors, load_weights, read_json, save_tensors,
+                    shipped, shown, write_json)
 from fsq import FSQ
 from images import check_images
 from vae import VAE, VAEConfig
@@ -663,11 +662,7 @@ class FlexTok(nn.Module):
         # the weights, and the settings that leave no trace in them
         settings = (repr(self.quantizer), self.config.enc_head_dim, self.vae.config.scaling_factor,
                     *["scale_codes"] * self.config.scale_codes)
-        digest = hashlib.sha256(repr(settings).encode())
-        for module in (self.vae, self.encoder, self.quantizer):
-            for tensor in module.state_dict().values():
-                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
-        return digest.hexdigest()
+        return digest_of(settings, self.vae, self.encoder, self.quantizer)
 
     @property
     def recommended_guidance(self):

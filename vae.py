@@ -15,7 +15,6 @@ ours there. Difference: we leave out the perceptual (LPIPS) loss, which needs a 
 
 Letters: B batch, C latent channels, c feature channels, H W pixels, h w latent grid.             Next: model.py
 """
-import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,8 +25,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserError, autocast, check_range, check_run,
-                    command, fill_with_average, from_cli, generator, init_distributed, load_tensors, load_weights,
-                    provenance, read_json, recorded, save_tensors, shipped, shown, write_json)
+                    command, digest_of, fill_with_average, from_cli, generator, init_distributed, load_tensors,
+                    load_weights, provenance, read_json, recorded, save_tensors, shipped, shown, write_json)
 from data import batches, open_data, spread
 from images import draw_curves, psnr, save_grid, to_float
 
@@ -282,10 +281,7 @@ class VAE(nn.Module):
 
     def fingerprint(self):
         """A hash of all that decides an image's latents: the weights and the scale."""
-        digest = hashlib.sha256(repr(self.config.scaling_factor).encode())
-        for tensor in self.state_dict().values():
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())   # (bytes,)
-        return digest.hexdigest()
+        return digest_of(self.config.scaling_factor, self)
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write diffusion_pytorch_model.safetensors and config.json (with `notes`): what diffusers and we read."""

@@ -19,7 +19,6 @@ Letters as in model.py, and: F frames, T latent frames = rows of tokens, P patch
 
     python video.py         # prints who attends to whom, windows, shapes           Next: train_video.py
 """
-import hashlib
 import os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, make_dataclass
@@ -30,7 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import flow
-from common import UserError, checked, load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json
+from common import (UserError, checked, digest_of, load_tensors, load_weights, read_json, save_tensors, shipped, shown,
+                    write_json)
 from images import check_images
 from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, in_groups, init_linear, make_quantizer, norm,
                    patchify, powers_of_two, token_parameter, unpatchify)
@@ -475,11 +475,7 @@ class VideoFlexTok(nn.Module):
         """A hash of all that decides a clip's tokens, so that a prior is never used with another tokenizer's."""
         settings = (repr(self.quantizer), self.config.enc_head_dim, self.config.scale_codes, self.config.frames,
                     self.config.stride)
-        digest = hashlib.sha256(repr(settings).encode())
-        for module in (self.vae, self.encoder, self.quantizer):
-            for tensor in module.state_dict().values():
-                digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
-        return digest.hexdigest()
+        return digest_of(settings, self.vae, self.encoder, self.quantizer)
 
     def save_pretrained(self, directory, dtype=torch.float32, **notes):
         """Write `directory`/config.json (sizes, and `notes`: anything JSON holds) and model.safetensors in `dtype`."""
