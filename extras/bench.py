@@ -96,7 +96,11 @@ def plain_decoder(decoder, x_t, t, codes, k_keep, null):
     kept = torch.arange(decoder.K, device=x_t.device) < k_keep[:, None]           # (B, K)
     registers = torch.where(kept[..., None], registers, decoder.mask_token)
     registers = torch.where(null[:, None, None], decoder.null_token, registers)
-    patches = decoder.patch_embed(x_t)                                            # (B, N, D)
+    return unpatchify(plain_blocks(decoder, decoder.patch_embed(x_t), registers, t), decoder.p, h, w)  # (B, C, h, w)
+
+
+def plain_blocks(decoder, patches, registers, t):
+    """patches (B, N, D), registers (B, K, D), t (B,) -> (B, N, p·p·C): a modulation for every token, all see all."""
     x, N = torch.cat([patches, registers], 1), patches.shape[1]                   # (B, N + K, D)
     stream = (torch.arange(x.shape[1], device=x.device) >= N).long()              # (N + K,), 0 a patch, 1 a register
     attend = dense(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device))
@@ -107,7 +111,16 @@ def plain_decoder(decoder, x_t, t, codes, k_keep, null):
         x = x + gate_attn * block.attn(norm(x) * (1 + scale_attn) + shift_attn, attend)
         x = x + gate_mlp * block.mlp(norm(x) * (1 + scale_mlp) + shift_mlp)
     shift, scale = decoder.head_adaln(t_embedding).unsqueeze(1).chunk(2, -1)      # each (B, 1, D)
-    return unpatchify(decoder.head(norm(x[:, :N]) * (1 + scale) + shift), decoder.p, h, w)  # (B, C, h, w)
+    return decoder.head(norm(x[:, :N]) * (1 + scale) + shift)
+
+
+def plain_euler(velocity, x, apg, steps):
+    """Noise x (B, ...) -> latents like it: two passes a step, velocity(x, t (B,), null, a bool), APG with scale 7.5."""
+    for i in range(steps, 0, -1):
+        t = torch.full((len(x),), i / steps, device=x.device)                     # (B,)
+        v_cond, v_uncond = (velocity(x, t, null).float() for null in (False, True))  # each like x
+        x = x - apg(v_cond, v_uncond, 7.5) / steps
+    return x
 
 
 @torch.no_grad()
@@ -118,14 +131,10 @@ def plain_detokenize(tokenizer, tokens, steps, generator):
     codes = tokenizer.quantizer.tokens_to_codes(F.pad(tokens, (0, K - k)))        # (B, K, L)
     h, w = (side * tokenizer.config.patch_size for side in tokenizer.config.grid)
     x = torch.cat([torch.randn(1, C, h, w, generator=generator) for _ in range(B)]).to(tokens.device)  # (B, C, h, w)
-    apg, k_keep = flow.APG(), torch.full((B,), k, device=tokens.device)
-    for i in range(steps, 0, -1):
-        t = torch.full((B,), i / steps, device=x.device)                          # (B,)
-        v_cond, v_uncond = (
-            plain_decoder(tokenizer.decoder, x, t, codes, k_keep, torch.full((B,), null, device=x.device)).float()
-            for null in (False, True))                                            # each (B, C, h, w)
-        x = x - apg(v_cond, v_uncond, 7.5) / steps
-    return tokenizer.vae.decode(x)                                                # (B, 3, H, W)
+    k_keep = torch.full((B,), k, device=tokens.device)                            # (B,)
+    velocity = lambda x, t, null: plain_decoder(  # noqa: E731
+        tokenizer.decoder, x, t, codes, k_keep, torch.full((B,), null, device=x.device))
+    return tokenizer.vae.decode(plain_euler(velocity, x, flow.APG(), steps))      # (B, 3, H, W)
 
 
 def plain_video_encoder(encoder, latents):
@@ -151,30 +160,15 @@ def plain_video_decoder(decoder, x_t, t, codes, k, null):
     registers = torch.where((torch.arange(decoder.K, device=x_t.device) < k)[:, None], registers, decoder.mask_token)
     registers = decoder.null_token.expand_as(registers) if null else registers    # (B, T, K, D)
     patches = decoder.patch_embed(x_t).flatten(1, 2)                              # (B, T·P, D)
-    x, N = torch.cat([patches, registers.flatten(1, 2)], 1), patches.shape[1]     # (B, T·(P + K), D)
-    stream = (torch.arange(x.shape[1], device=x.device) >= N).long()              # 0 a patch, 1 a register
-    attend = dense(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device))
-    t_embedding = F.silu(decoder.time_embed(t))                                   # (B, D)
-    for block in decoder.blocks:
-        modulation = block.adaln(t_embedding).unflatten(-1, (2, 6, -1))[:, stream]  # (B, T·(P + K), 6, D)
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)
-        x = x + gate_attn * block.attn(norm(x) * (1 + scale_attn) + shift_attn, attend)
-        x = x + gate_mlp * block.mlp(norm(x) * (1 + scale_mlp) + shift_mlp)
-    shift, scale = decoder.head_adaln(t_embedding).unsqueeze(1).chunk(2, -1)      # each (B, 1, D)
-    x = decoder.head(norm(x[:, :N]) * (1 + scale) + shift).unflatten(1, (T, -1))  # (B, T, P, p·p·C)
-    return unpatchify(x.flatten(0, 1), decoder.p, h, w).unflatten(0, (B, T)).transpose(1, 2)  # (B, C, T, h, w)
+    x = plain_blocks(decoder, patches, registers.flatten(1, 2), t).view(B * T, patches.shape[1] // T, -1)
+    return unpatchify(x, decoder.p, h, w).unflatten(0, (B, T)).transpose(1, 2)    # (B·T, C, h, w) -> (B, C, T, h, w)
 
 
 @torch.no_grad()
 def plain_video_sample(tokenizer, x, codes, k, steps):
     """Noise x (B, C, T, h, w), codes (B, T, K, L) -> latents like x: two passes a step, Euler, APG with scale 7.5."""
-    apg = flow.APG(0.0, 0.6, axes=(2, 3, 4))
-    for i in range(steps, 0, -1):
-        t = torch.full((len(x),), i / steps, device=x.device)                     # (B,)
-        v_cond, v_uncond = (plain_video_decoder(tokenizer.decoder, x, t, codes, k, null).float()
-                            for null in (False, True))                            # each (B, C, T, h, w)
-        x = x - apg(v_cond, v_uncond, 7.5) / steps
-    return x
+    return plain_euler(lambda x, t, null: plain_video_decoder(tokenizer.decoder, x, t, codes, k, null), x,
+                       flow.APG(0.0, 0.6, axes=(2, 3, 4)), steps)
 
 
 @torch.no_grad()
@@ -213,12 +207,17 @@ def build(config, device, vae_width, width=None):
                             enc_width=width or 64 * config.enc_depth, enc_depth=config.enc_depth,
                             dec_width=width or 64 * config.dec_depth, dec_depth=config.dec_depth),
             VAE(VAEConfig(block_out_channels=channels, norm_num_groups=min(32, vae_width))))
-        for name, p in tokenizer.decoder.named_parameters():
-            if "adaln" in name or name.startswith("head"):  # these start at zero
-                torch.nn.init.normal_(p, std=0.02)
+        open_gates(tokenizer.decoder)
     if config.compile:
         tokenizer.compile_blocks()  # the plain computations call the class's `forward`
     return tokenizer.eval()
+
+
+def open_gates(decoder):
+    """Random weights for the layers that start at zero."""
+    for name, p in decoder.named_parameters():
+        if "adaln" in name or name.startswith("head"):
+            torch.nn.init.normal_(p, std=0.02)
 
 
 def tokenize_rows(config, device):
@@ -327,9 +326,7 @@ def build_video(config, device):
                         enc_positions=max(5, side), enc_width=64 * config.enc_depth, enc_depth=config.enc_depth,
                         dec_positions=max(5, side), dec_width=64 * config.dec_depth, dec_depth=config.dec_depth),
             make_vae(VidTokConfig(channels=4, channel_mult=(1, 1, 1, 1), layers_per_block=1)))
-        for name, p in tokenizer.decoder.named_parameters():
-            if "adaln" in name or name.startswith("head"):  # these start at zero
-                torch.nn.init.normal_(p, std=0.02)
+        open_gates(tokenizer.decoder)
     return tokenizer.eval(), torch.randn(config.batch_size, 16, 5, 2 * side, 2 * side, device=device)
 
 
