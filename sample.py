@@ -13,8 +13,8 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
     python sample.py reconstruct a.gif b.mp4 --tokenizer out/video-cpu     # clips; --html, encode, decode likewise
-    python sample.py generate --text "a red bar moves left, slowly" --tokenizer out/video-cpu \\
-        --prior out/video-cpu-prior
+    python sample.py generate --text "a red bar moves left, slowly, on a white background" \\
+        --tokenizer out/video-cpu --prior out/video-cpu-prior
 
 With no --tokenizer the shipped weights are used: 64-pixel emoji, so that other images come out as what emoji can say
 of them. Takes seconds on a CPU.                                           Next: train_tokenizer.py, to train your own

@@ -92,7 +92,7 @@ PRESETS = {
         data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=10, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0,
         steps=7000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=3500),
-    "video-cpu": dict(    # a CPU thread, VPMIN minutes, after train_video.py --preset video-cpu: drawn clips
+    "video-cpu": dict(    # a CPU thread, 8 minutes, after train_video.py --preset video-cpu: drawn clips
         data="moving", tokenizer="out/video-cpu", out="out/video-cpu-prior", views=1, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0, condition=("text",),
         steps=3000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1500),
