@@ -2808,7 +2808,7 @@ def test_ten_steps_of_the_prior_are_five_and_resume_and_five(tmp_path, tiny_toke
         assert all(torch.equal(a[part][name], b[part][name]) for name in a[part])
     assert (whole / "step0000010.png").exists()
     saved = GPT.from_pretrained(str(whole))
-    assert saved.config.classes == 6 and saved.config.length == 4 and saved.config.vocab_size == 12
+    assert saved.config.classes == 4 and saved.config.length == 4 and saved.config.vocab_size == 12
     assert saved.text_encoder is not None
 
 
@@ -3018,7 +3018,7 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
     for name in ("out/generate.webp", "d.gif"):
         assert 2 <= Image.open(name).n_frames <= 4  # equal frames may be merged
     for arguments, message in (
-            (("--label", "pilar"), "--label pilar: expected 0 to 3, or a name such as pillar, bar"),
+            (("--label", "pilar"), "--label pilar: expected 0 to 7, or a name such as pillar, bar"),
             (("--k", "5"), "k = 5: expected 1 to 4 tokens"), (("--stream", "--out", "x.png"), "--out x.png"),
             (("--top_p", "2"), "--top_p 2"), (("--n", "0"), "--n 0"), (("--prior", "nowhere"), "nowhere"),
             (("--tokenizer", sample.SHIPPED), "writes 4 tokens out of 12, but"),
@@ -4250,7 +4250,7 @@ def test_reconstruction_measures_each_k_as_one_would_by_hand(tiny_tokenizer):
 def test_the_held_out_loss_is_the_mean_of_all_tokens_and_of_each_group(tmp_path, tiny_tokenizer):
     tokenizer = FlexTok.from_pretrained(tiny_tokenizer)
     gpt = GPT.from_pretrained(a_small_prior(tmp_path / "prior", tokenizer))
-    tokens, labels = torch.randint(12, (70, 4)), torch.arange(70) % 6
+    tokens, labels = torch.randint(12, (70, 4)), torch.arange(70) % len(KINDS)
     captions = [f"a {KINDS[i]}" for i in labels.tolist()]
     metrics = evaluate.held_out_loss(gpt, tokens, labels, captions)
     losses = gpt.loss(tokens, labels, *gpt.encode_text(captions))[1]              # (70, 4)
