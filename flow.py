@@ -95,7 +95,7 @@ def t_mode(B, scale=1.29, generator=None, device=None):
 
 @torch.no_grad()
 def euler(velocity, noise, steps):
-    """Euler's method, `steps` = S calls, t = 1, 1-1/S, ..., 1/S.  noise (B, ...) -> (B, ...)       (official pipeline)"""
+    """Euler's method, `steps` = S calls, t = 1, 1-1/S, ..., 1/S.  noise (B, ...) -> (B, ...)    (official pipeline)"""
     x = noise
     times = torch.arange(steps, 0, -1, device=x.device) / steps  # (steps,) float32, made at once: no step waits for it
     for t in times.split(1):                                                      # (1,)
