@@ -3131,7 +3131,7 @@ def test_compiled_training_is_that_of_eager_in_four_graphs_at_most_and_resumes(t
     assert counts[-20] == 0 < counts[-19] <= counts[-10] == counts[-1] <= 4
     for a, b in zip(exact, compiled, strict=True):
         # where torch rounds otherwise, as 2.6 does in the VAE, AdamW makes more of it: see compile_blocks
-        assert abs(a["loss"] - b["loss"]) < (1e-5 if a["step"] <= 3 else 1e-2) * a["loss"]
+        assert abs(a["loss"] - b["loss"]) < (1e-4 if a["step"] <= 3 else 1e-2) * a["loss"]
     trainer(tmp_path / "parts", compile=True, stop_at=10, **settings)
     trainer(tmp_path / "parts", compile=True, resume=True, **settings)
     plain, whole, parts = (torch.load(tmp_path / name / "resume.pt")["model"]
