@@ -7,7 +7,7 @@ Train a FlexTok tokenizer: encoder, quantiser and flow decoder together, on the 
 Paper: FlexTok, arXiv 2502.13967. Differences: no REPA loss yet, plain AdamW instead of muP, and some
 choices for runs of minutes (`SHORT` below), off in the paper's presets.
 
-    python train_tokenizer.py --preset cpu                                       # two threads; trains its VAE first
+    python train_tokenizer.py --preset cpu                                       # a CPU core; trains its VAE first
     python train_tokenizer.py --preset emoji64 --compile                         # one GPU
     torchrun --nproc_per_node 8 train_tokenizer.py --preset d18-d28 --data /data/imagenet/train --vae out/vae_in1k
 
@@ -106,11 +106,11 @@ PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batc
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, scale_codes=True, pure_noise_share=0.3, t_mean=0.5,
              nested_dropout="uniform_pow2", levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
 PRESETS = {
-    "cpu": dict(          # 2 CPU threads, 15 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
+    "cpu": dict(          # a CPU core, 15 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.4,
         steps=5000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2500, eval_guidance=2.5),
-    "emoji64-cpu": dict(  # 2 CPU threads, hours (not run): emoji at 64 px in four styles, 64 tokens of 10 bits
+    "emoji64-cpu": dict(  # a CPU core, hours (not run): emoji at 64 px in four styles, 64 tokens of 10 bits
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=6,
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.2,
         steps=10_000, batch_size=64, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=1000),

@@ -11,7 +11,7 @@ later rows what an earlier one should say; but rebuilding a clip is easier for a
 Paper: VideoFlexTok; its training code is not public. Differences: no REPA loss, AdamW instead of muP, one learning rate
 schedule over both stages, `SHORT` of train_tokenizer.py.
 
-    python train_video.py --preset video-cpu             # two threads: drawn clips of 9 frames at 32 px
+    python train_video.py --preset video-cpu             # a CPU core: drawn clips of 9 frames at 32 px
     python train_video.py --preset video-cpu --steps 300 --out out/try
     python train_video.py --preset video-cpu --data films/ --vae out/vae --out out/mine      # a VAE of your own images
 
@@ -99,7 +99,7 @@ class VideoTrainConfig:
 
 
 PRESETS = {
-    "video-cpu": dict(    # 2 CPU threads, 20 minutes with its VAE: drawn clips of 9 frames at 32 px, 3 rows of 8
+    "video-cpu": dict(    # a CPU core, 20 minutes with its VAE: drawn clips of 9 frames at 32 px, 3 rows of 8 tokens
         SHORT, out="out/video-cpu", frames=9, enc_depth=3, dec_depth=3, enc_width=104, dec_width=104, head_dim=52,
         registers=8, patch_position_std=0.5, autoencoder_share=0.4,
         steps=4000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000, eval_guidance=2.0),
