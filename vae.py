@@ -552,7 +552,7 @@ def train(config, run, checkpoints, dataset, stage, later):
         with torch.device("meta"):  # shapes without memory
             averaged = VAE(replace(vae.config))
         fill_with_average(averaged, state["ema"])
-        calibrate(averaged, calibration)
+        calibrate(averaged, calibration)  # on the CPU; without its scale it would be another VAE
         averaged.save_pretrained(
             config.out, train=asdict(config), step=state["step"], metrics=state["metrics"], **provenance(run))
 

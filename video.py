@@ -10,9 +10,9 @@ What video adds to model.py, and why. A clip of one frame is an image, and goes 
 - The first frame has latents and tokens of its own, the others share them by four: nothing precedes it that it could
   be told from, and it is by far the most that one has to say about a clip. Later rows say what changed.
 - One k per clip: its T rows are read together, so a row of 1 token between rows of 256 would never occur in use.
-- Long clips are cut into windows of 17 frames, which is what the networks learn on and what bounds the memory. Windows
-  overlap by a frame: the last one decoded is given to the next window as its first, clean. Without it every window
-  would paint the details that its tokens leave open anew, and the film would jump every two seconds.
+- Long clips are cut into windows, of 17 frames in the official models: what the networks learn on, and what bounds the
+  memory. They overlap by a frame: the last one decoded is given to the next window as its first, clean. Without it
+  every window would paint the details that its tokens leave open anew, and the film would jump every two seconds.
 
 Paper: VideoFlexTok (Apple, EPFL), after its public inference code. The VAE is in vidtok.py.
 Letters as in model.py, and: F frames, T latent frames = rows of tokens, P patches of one latent frame, M table length.
