@@ -50,6 +50,7 @@ import evaluate
 import flow
 import model
 from extras import pretrained
+import runs
 import sample
 import train_ar
 import train_tokenizer
@@ -58,7 +59,8 @@ import vae as vae_module
 import video
 import vidtok
 from ar import GPT, GPTConfig, cross_entropy, draw, probabilities
-from common import Average, Run, UserError, from_cli, learning_rate, replacing
+from common import Run, UserError, from_cli, replacing
+from runs import Average, learning_rate
 from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
                     to_image, to_tensor)
 from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Films, Folder, Shapes, Stream, batches, files_digest,
@@ -356,7 +358,7 @@ def test_groups_come_back_in_the_order_of_the_batch_and_are_made_once():
     wanted = x * torch.tensor(room)[:, None, None] + y[:, None, None]
     assert torch.equal(model.in_groups(velocity, room, x, y), wanted)
     assert seen == [(16, [1, 3, 5]), (64, [0, 4]), (100, [2])]
-    # a recording (common.Recorded) reads these indices where they lie: another step must not make others
+    # a recording (runs.Recorded) reads these indices where they lie: another step must not make others
     again = model.groups_of(tuple(list(room)), x.device)
     assert again is model.groups_of(room, x.device) and model.groups_of(room[:2], x.device) is not again
     assert torch.equal(model.in_groups(velocity, room[:2], x[:2], y[:2]), wanted[:2])
@@ -935,7 +937,7 @@ def resume_state(directory):
 def test_vae_training_10_steps_equals_5_then_a_signal_then_5_more_bit_for_bit(tmp_path, monkeypatch):
     whole, halves = (dataclasses.replace(VAE_TINY, out=str(tmp_path / name)) for name in ("whole", "halves"))
     metrics = vae_module.main(whole)
-    calls, agreed = [], common.StopRequest.agreed
+    calls, agreed = [], runs.StopRequest.agreed
 
     def sigterm_at_5(stop, run):
         calls.append(1)
@@ -943,7 +945,7 @@ def test_vae_training_10_steps_equals_5_then_a_signal_then_5_more_bit_for_bit(tm
             os.kill(os.getpid(), signal.SIGTERM)
         return agreed(stop, run)
 
-    monkeypatch.setattr(common.StopRequest, "agreed", sigterm_at_5)
+    monkeypatch.setattr(runs.StopRequest, "agreed", sigterm_at_5)
     assert vae_module.main(halves) == {}
     assert json.loads((tmp_path / "halves/config.json").read_text())["step"] == 5
     assert vae_module.main(dataclasses.replace(halves, resume=True)) == metrics
@@ -1888,9 +1890,9 @@ def test_stage_0_runs_first_if_no_vae_is_named_and_goes_on_after_a_stop(tmp_path
                  log_every=1)
     monkeypatch.setitem(vae_module.PRESETS, "small", small)
     for stop_in in (2, 4):  # the second time in the last step
-        agreed, calls = common.StopRequest.agreed, []
+        agreed, calls = runs.StopRequest.agreed, []
         with monkeypatch.context() as patch:  # Ctrl-C while the VAE trains
-            patch.setattr(common.StopRequest, "agreed",
+            patch.setattr(runs.StopRequest, "agreed",
                           lambda stop, run: calls.append(1) or len(calls) == stop_in and setattr(
                               stop, "requested", True) or agreed(stop, run))
             assert train(tmp_path / f"run{stop_in}", "", vae_preset="small", steps=2) == {}
@@ -2068,15 +2070,15 @@ def test_a_slow_save_does_not_hold_up_training_and_writes_what_was(tmp_path, mon
     else:
         vae = request.getfixturevalue("tiny_vae")
         start = lambda out, **changes: train(out, vae, **changes)
-    save_resume, going_on = common.save_resume, threading.Event()
+    save_resume, going_on = runs.save_resume, threading.Event()
 
     def slow(path, state):
         assert going_on.wait(60)
         save_resume(path, state)
         shutil.copy(path, tmp_path / f"step{state['step']}.pt")
 
-    monkeypatch.setattr(common, "save_resume", slow)
-    monkeypatch.setattr(common, "learning_rate",
+    monkeypatch.setattr(runs, "save_resume", slow)
+    monkeypatch.setattr(runs, "learning_rate",
                         lambda step, *rest: (step == 3 and going_on.set(), learning_rate(step, *rest))[1])
     start(tmp_path / "run", steps=4, eval_every=2)
     assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == 4
@@ -2106,7 +2108,7 @@ def test_a_tensor_in_the_settings_of_a_resume_file_is_refused(tmp_path, name):
     whole = {"settings": {}, "step": 1, "metrics": {}, "model": {}, "ema": {}}
     torch.save({**whole, name: {"lr": torch.zeros(3)}}, tmp_path / "resume.pt")
     with pytest.raises(UserError, match="resume.pt: is no resume file"):
-        common.load_resume(str(tmp_path / "resume.pt"))
+        runs.load_resume(str(tmp_path / "resume.pt"))
 
 
 def test_a_resume_file_whose_optimizer_step_or_metrics_are_damaged_is_refused_and_a_damaged_config_is_written_anew(
@@ -2153,14 +2155,14 @@ def test_a_run_stopped_at_an_evaluation_makes_up_for_it(tmp_path, tiny_vae, monk
             assert train(tmp_path / "run", tiny_vae, **settings) == {}
     assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == at
     assert train(tmp_path / "run", tiny_vae, **settings, resume=True) == whole
-    first, second = ([{**record, "images_per_s": 0, "eta": 0} for record in common.read_log(str(tmp_path / name))]
+    first, second = ([{**record, "images_per_s": 0, "eta": 0} for record in runs.read_log(str(tmp_path / name))]
                      for name in ("whole", "run"))
     assert first == second
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_log_line_that_cannot_be_written_names_the_file(tmp_path):
-    log = common.Log(str(tmp_path), Run(torch.device("cpu")))
+    log = runs.Log(str(tmp_path), Run(torch.device("cpu")))
     os.symlink("/dev/full", tmp_path / "log.jsonl")
     with pytest.raises(UserError, match="log.jsonl: cannot be written .No space left"):
         log(step=1, loss=1.0)
@@ -3090,7 +3092,7 @@ def test_a_recorded_function_adds_the_gradients_of_a_plain_one(monkeypatch):
         recording.clear()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    taught = common.Recorded(ask)
+    taught = runs.Recorded(ask)
     # two calls a step; another factor or another shape is recorded anew, also if it is one of before
     for factor, b, steps in ((1.0, 4, 5), (2.0, 4, 3), (2.0, 5, 4), (1.0, 4, 1)):
         asked.clear()
@@ -3106,10 +3108,10 @@ def test_a_recorded_function_adds_the_gradients_of_a_plain_one(monkeypatch):
         assert asked == [factor] * min(4, 2 * steps)
     assert torch.equal(*weights)
     on_gpu, compiled = Run(torch.device("cuda")), types.SimpleNamespace(compile=True)
-    assert isinstance(common.recorded(ask, compiled, on_gpu), common.Recorded)
+    assert isinstance(runs.recorded(ask, compiled, on_gpu), runs.Recorded)
     for run, config in ((Run(torch.device("cpu")), compiled), (Run(torch.device("cuda"), 0, 2), compiled),
                         (on_gpu, types.SimpleNamespace(compile=False))):
-        assert common.recorded(ask, config, run) is ask
+        assert runs.recorded(ask, config, run) is ask
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -3124,7 +3126,7 @@ def test_compiled_training_is_that_of_eager_in_four_graphs_at_most_and_resumes(t
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compile(*args, **options, backend=counter))
     rate = learning_rate
-    monkeypatch.setattr(common, "learning_rate",  # called once a step
+    monkeypatch.setattr(runs, "learning_rate",  # called once a step
                         lambda *args: counts.append(counter.frame_count) or rate(*args))
     exact = trainer(tmp_path / "eager", **settings)
     compiled = trainer(tmp_path / "compiled", compile=True, **settings)
@@ -3158,7 +3160,7 @@ def test_float16_trains_like_float32_leaves_out_steps_that_overflow_and_resumes(
                         lambda self, device, **options: init(self, device, 2.0**40, backoff_factor=1e-6, **options))
     norms = [record["grad_norm"] for record in trainer(tmp_path / "over", precision="fp16", steps=3)]
     assert None in norms and norms[-1] is not None  # of a prior, whose head begins at zero, in the second step
-    monkeypatch.setattr(common.Scaler, "skips", lambda self, norm: False)
+    monkeypatch.setattr(runs.Scaler, "skips", lambda self, norm: False)
     with pytest.raises(UserError, match="step [12]: the gradient is not finite"):
         trainer(tmp_path / "fails", precision="fp16", steps=3)
 
@@ -4110,11 +4112,29 @@ def test_a_run_of_clips_resumes_as_if_it_had_not_stopped_and_stage_2_leaves_toke
     trained, half = (video.VideoFlexTok.from_pretrained(str(path)) for path in (clip_run, tmp_path / "half"))
     assert trained.config.dec_mask == "full" and half.config.dec_mask == "time_block_causal"
     assert trained.recommended_guidance == 1.0 and not trained.training
-    records = common.read_log(clip_run)
+    records = runs.read_log(clip_run)
     assert records[-1]["ks"] == [1, 2, 4]
     assert len(list(clips.frames_of(f"{clip_run}/step0000008.webp", 16))) == 9
     alone = train_tiny_clips(tmp_path / "causal", stage_2=0.0)
     assert alone and json.load(open(tmp_path / "causal/config.json"))["tokenizer"]["dec_mask"] == "time_block_causal"
+
+
+def test_kept_latents_of_clips_are_those_of_every_step_in_16_bits(clip_run, tmp_path, monkeypatch):
+    few = lambda data, side, split="train", seed=0, frames=9: MovingShapes(side, split, seed, 16, frames)  # noqa: E731
+    monkeypatch.setattr(train_video, "open_clips", few)
+    for stop in (3, 0):
+        train_tiny_clips(tmp_path / "kept", cache_latents=1, vae=clip_run, stop_at=stop, resume=not stop)
+    kept = np.load(tmp_path / "kept/latents.npy", mmap_mode="r")
+    assert kept.shape == (16, 8, 3, 2, 2)
+    tokenizer, some = video.VideoFlexTok.from_pretrained(clip_run), MovingShapes(8, frames=9)
+    for i in (0, 7, 15):
+        latents = tokenizer.vae.latents(to_float(some.get(i))[None])[0]           # (8, 3, 2, 2)
+        assert np.array_equal(kept[i], latents.numpy().astype(np.float16))
+    train_tiny_clips(tmp_path / "whole", cache_latents=1, vae=clip_run)
+    train_tiny_clips(tmp_path / "live", vae=clip_run)
+    whole, parts, live = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "kept", "live"))
+    assert same_tensors(whole, parts)
+    assert all((x - live[name]).abs().max() < 0.02 for name, x in whole.items())
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -5640,8 +5660,9 @@ def test_the_shipped_prior_writes_tokens_of_the_shipped_tokenizer(tmp_path, monk
 
 
 # Who may import whom: a file imports from floors below its own only, and nothing of `extras` outside a function
-FLOORS = [{"common"}, {"images"}, {"clips"}, {"data"}, {"fsq", "flow", "text"}, {"vae"}, {"model", "ar", "vidtok"},
-          {"video"}, {"evaluate"}, {"train_tokenizer", "train_ar", "sample"}, {"train_video"}]
+FLOORS = [{"common"}, {"runs"}, {"images"}, {"clips"}, {"data"}, {"fsq", "flow", "text"}, {"vae"},
+          {"model", "ar", "vidtok"}, {"video"}, {"evaluate"}, {"train_tokenizer", "train_ar", "sample"},
+          {"train_video"}]
 
 
 def test_no_file_imports_upwards_and_the_top_level_reaches_extras_only_inside_functions():

@@ -21,19 +21,20 @@ import math
 import os
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import torch
 
 import flow
 import vae as stage0
-from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserError, attention_kernel, autocast,
-                    check_range, check_run, command, fill_with_average, from_cli, generator, init_distributed,
-                    provenance, recorded, seed_step)
+from common import (UserError, attention_kernel, autocast, check_range, command, digest_of, from_cli, generator,
+                    init_distributed, seed_step)
 from clips import save_clip_grid
-from data import batches, open_clips, spread
+from data import Cached, batches, open_clips, spread
 from evaluate import reconstruction
 from images import draw_curves, to_float
 from model import sample_k
-from train_tokenizer import SHORT, by_t, draw_noise, sample_t, train_vae
+from runs import Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded
+from train_tokenizer import SHORT, by_t, draw_noise, sample_t, stage_of, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
 from vidtok import FrameVAE, make_vae
@@ -48,6 +49,7 @@ class VideoTrainConfig:
     frames: int = 17                 # of a window, 1 + 4n
     vae: str = ""                    # directory of an image VAE, or of a video tokenizer for its VAE; empty: train one
     vae_preset: str = "shapes32"     # which preset of vae.py to train, on drawn images, if --vae is empty
+    cache_latents: int = 0           # keep the latents of so many windows of each clip; 0: encode clips in every step
     out: str = "out/video"           # the run's directory
     workers: int = 0                 # processes that draw clips
     # model
@@ -101,7 +103,7 @@ class VideoTrainConfig:
 PRESETS = {
     "video-cpu": dict(    # a CPU core, 20 minutes with its VAE: drawn clips of 9 frames at 32 px, 3 rows of 8 tokens
         SHORT, out="out/video-cpu", frames=9, enc_depth=3, dec_depth=3, enc_width=104, dec_width=104, head_dim=52,
-        registers=8, patch_position_std=0.5, autoencoder_share=0.4,
+        registers=8, patch_position_std=0.5, autoencoder_share=0.4, cache_latents=1,
         steps=4000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2000, eval_guidance=2.0),
 }
 # may differ when a run is resumed
@@ -187,6 +189,24 @@ def evaluate(tokenizer, clips, config, step):
     return metrics
 
 
+def cache_latents(dataset, tokenizer, config, run):
+    """The latents of --cache_latents windows of each clip, made once: a `Cached` of (C, T, h, w)."""
+    T, (h, w) = rows_of(config.frames), (config.image_size // tokenizer.vae.downsampling,) * 2
+    made_by = {"VAE": digest_of(asdict(tokenizer.vae.config), tokenizer.vae), "data": config.data,
+               "image_size": config.image_size, "frames": config.frames}
+    cached = Cached(os.path.join(config.out, "latents.npy"), dataset, config.cache_latents,
+                    (tokenizer.vae.latent_channels, T, h, w), np.float16, made_by, run, config.seed)
+    cached.fill(lambda clips, row: encode(tokenizer, clips, run).cpu().numpy(), stage_of(config, 1 + (not config.vae),
+                                                                                         "latents"))
+    return cached
+
+
+def encode(tokenizer, clips, run):
+    """uint8 clips (b, 3, F, H, W) -> scaled latents (b, C, T, h, w), the posterior's mean."""
+    with torch.no_grad():
+        return tokenizer.through_vae(tokenizer.vae.latents, to_float(clips.to(run.device, non_blocking=True)))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -209,7 +229,7 @@ def train(config, run, checkpoints):
                          for split in ("train", "held_out"))
     eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
 
-    vae_directory = config.vae or train_vae(config, run, "stage 1 of 2, VAE:")
+    vae_directory = config.vae or train_vae(config, run, stage_of(config, 1, "VAE"))
     if not vae_directory:
         return {}
     vae = open_vae(vae_directory)
@@ -218,6 +238,8 @@ def train(config, run, checkpoints):
     torch.manual_seed(config.seed)
     raw = build_tokenizer(config, vae).to(run.device).train()
     vae.eval()
+    if config.cache_latents:
+        dataset = cache_latents(dataset, raw, config, run)
     ema = Average(raw, config.ema_decay)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
@@ -236,8 +258,7 @@ def train(config, run, checkpoints):
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
     start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    stage = "tokenizer:" if config.vae else "stage 2 of 2, tokenizer:"
-    log, means = Log(config.out, run, start, stage, config.steps), Means(6, run)
+    log, means = Log(config.out, run, start, stage_of(config, 0, "tokenizer"), config.steps), Means(6, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
             f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
@@ -265,9 +286,8 @@ def train(config, run, checkpoints):
             group["lr"] = lr
         seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
         enter_stage(raw, in_stage_2(config, step))
-        clips = to_float(next(stream)[0].to(run.device, non_blocking=True))       # (b, 3, F, H, W)
-        with torch.no_grad():
-            latents = raw.through_vae(vae.latents, clips)                         # (b, C, T, h, w)
+        batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, T, h, w), or (b, 3, F, H, W)
+        latents = batch if config.cache_latents else encode(raw, batch, run)      # (b, C, T, h, w)
         noise, t, k_keep, room = draw_noise(config, step, latents, run)
         prefix = draw_prefix(config, step, run).to(run.device, non_blocking=True)  # (b,)
         loss = learn((in_stage_2(config, step), room), latents, noise, t, k_keep, prefix)  # (b,)
@@ -292,8 +312,8 @@ def check(config, run):
     if not config.vae and config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
     sizes = stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))
-    check_range(config, 0, math.inf, "enc_width", "dec_width", "patch_position_std", "position_std", "code_std",
-                "head_std", "weight_decay", "eval_guidance")
+    check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "patch_position_std", "position_std",
+                "code_std", "head_std", "weight_decay", "eval_guidance")
     check_range(config, 0, 1, "stage_2", "first_frame_p", "drop_quant_p", "corrupt_tokens_p", "null_p",
                 "pure_noise_share", "autoencoder_share", "beta2")
     check_range(config, -20, 20, "t_mean")

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (Average, Checkpoints, Log, Means, Recorded, Scaler, UserError, autocast, check_range, check_run,
-                    command, digest_of, fill_with_average, from_cli, generator, init_distributed, load_tensors,
-                    load_weights, provenance, read_json, recorded, save_tensors, shipped, shown, write_json)
+from common import (UserError, autocast, check_range, command, digest_of, from_cli, generator, init_distributed,
+                    load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json)
 from data import batches, open_data, spread
 from images import draw_curves, psnr, save_grid, to_float
+from runs import Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded
 
 # ---------------------------------------------------------------------------------------------------------------
 # The network

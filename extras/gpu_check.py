@@ -24,10 +24,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import flow
 from ar import GPT
-from common import Average, autocast, pick_device
+from common import autocast, pick_device
 from data import Emoji, spread
 from extras.bench import PRESETS, BenchConfig, build
 from model import FlexTok, full_attention, prefix_causal_attention, room_for
+from runs import Average
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHIPPED = os.path.join(ROOT, "assets", "emoji64")

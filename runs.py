@@ -1,0 +1,609 @@
+"""
+What every training run does beside its algorithm: hand out steps, log, evaluate, keep checkpoints, stop when asked.
+
+    for step, lr in checkpoints.steps(...):  a trainer's own lines: batch, loss, backwards, optimizer, average
+         |-- every --log_every steps    Log: a line on the screen, the same in log.jsonl
+         |-- every --eval_every steps   metrics of the averaged weights; resume.pt, model.safetensors, config.json
+         `-- Ctrl-C, SIGTERM            the same at once, and --resume goes on bit for bit
+
+Here too: learning rate, averaged weights, 16 bits, a step as a CUDA graph, a model split over processes. No machine
+learning. Nothing to run here. Used by vae.py, train_tokenizer.py, train_ar.py, train_video.py.   Next: one of them.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel
+
+from common import (UserError, autocast, barrier, check_range, clock, locked, read_json, replacing, shown, sweep,
+                    writing)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop, and what it keeps
+
+
+class Checkpoints:
+    """The directory of a run, which holds a whole state to go on from at any moment, whatever kills the process.
+
+    resume.pt   comes first: settings, step, metrics, weights, their average, optimizer. A run is here if it is.
+    the model   comes then, by `export(state)`, its config.json last. A model is here if that is.
+
+    Each file takes the place of the one before when it is whole. torchrun kills 30 s after a signal, and a large model
+    may take longer to save: then the checkpoint before stands, or resume.pt is new and `restore` exports the model.
+
+    Use as a context: one process at a time, and the files that a killed one left half-written are removed. `saved` is
+    the state to go on from, or None. free: the settings that may differ when a run is resumed. Raises `UserError` if
+    the directory holds a run or a model already; on --resume, if it holds none, or one with other settings.
+    A trainer calls `restore`, then loops over `steps`.
+    """
+
+    def __init__(self, config, free, run):
+        self.config, self.run, self.path = config, run, os.path.join(config.out, "resume.pt")
+        self.writer, self.under_way, self.saved = ThreadPoolExecutor(1), None, None
+        self.stop, self.start, self.metrics = StopRequest(), 0, {}
+        has_run, has_model = os.path.exists(self.path), os.path.exists(os.path.join(config.out, "config.json"))
+        if not config.resume and has_run:
+            raise UserError(f"--out {config.out}: already holds a run; add --resume to continue it, or name another")
+        if not config.resume and has_model:
+            raise UserError(f"--out {config.out}: already holds a model; name another directory")
+        if config.resume and has_model and not has_run:
+            raise UserError(f"--resume: the resume.pt of {config.out} is gone, without which there is no going on")
+        if config.resume and not os.path.exists(os.path.join(config.out, "lock")):
+            raise UserError(f"--resume: there is no run in {config.out}")
+        if config.resume and not has_run and run.is_main:
+            print(f"{config.out}: nothing was saved yet, so this starts at step 0", flush=True)
+        if has_run:
+            self.saved = load_resume(self.path)
+            self._check_settings(free)
+        barrier(run)  # every process has looked before one of them writes
+
+    def _check_settings(self, free):
+        """Raise `UserError` for a setting that differs. One that did not exist when the run began had its default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        settings = {**defaults, **self.saved["settings"]}
+        for name, value in dataclasses.asdict(self.config).items():
+            if name not in free and json.dumps(settings[name]) != json.dumps(value):  # a tuple is a list there
+                raise UserError(f"--{name} {value}: the run in {self.config.out} was started with "
+                                f"{shown(settings[name])}; keep that, or start another run")
+
+    def __enter__(self):
+        if self.run.is_main:
+            out = self.config.out
+            self.lock = locked(os.path.join(out, "lock"), f"--out {out}: another process trains there")
+            self.lock.__enter__()
+            sweep(out)
+        return self
+
+    def __exit__(self, *error):
+        self.stop.__exit__()  # the loop that `steps` feeds may have ended in an error
+        self.writer.shutdown()
+        if self.run.is_main:
+            self.lock.__exit__(None, None, None)
+
+    def restore(self, parts, export):
+        """Put the saved state into `parts`, {name: model, average or optimizer}; returns its step, 0 if there is none.
+
+        export(state): writes the model. If the process was killed between resume.pt and the model, it is called now.
+        Raises `UserError` for a state that does not fit.
+        """
+        self.parts, self.export = parts, export
+        if self.saved is None:
+            return 0
+        try:
+            for name, part in parts.items():
+                like, saved = part.state_dict(), self.saved.get(name, {})
+                if isinstance(part, torch.optim.Optimizer):
+                    saved = {"state": saved["state"], "param_groups": like["param_groups"]}  # these follow from --flags
+                    like = {"state": dict(enumerate(p for group in part.param_groups for p in group["params"]))}
+                    names = next(iter(saved["state"].values()), {}).keys()
+                    for i, moments in saved["state"].items():
+                        shapes = {key: () if key == "step" else like["state"][i].shape for key in names}
+                        if shapes != {key: x.shape for key, x in moments.items() if not x.is_sparse}:
+                            raise ValueError(f"moments of parameter {i} are missing or of another shape")
+                part.load_state_dict(split_like(saved, like))
+            if self.run.is_main and read_saved(self.config.out).get("step") != self.saved["step"]:
+                export(self.saved)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: does not fit this run ({shown(str(error))})") from None
+        self.start, self.metrics, self.saved = self.saved["step"], self.saved["metrics"], None  # frees the memory
+        return self.start
+
+    def steps(self, log, record, average, evaluate):
+        """Yield (step, learning rate) of each step to do; between them log, evaluate, save, and stop if asked to.
+
+        Within the loop `grad_norm` has to be set, to the norm () of the step's gradient. record() -> what the log says
+        of the steps since it was last asked: a dict with "loss". average() -> the averaged model, or None where another
+        process evaluates; all processes call it. evaluate(averaged, step) -> metrics, a dict; it changes nothing, so
+        that a signal may cut it short. Afterwards `metrics` is what the last evaluation said, {} if the run was stopped
+        (Ctrl-C, SIGTERM, --stop_at). Raises `UserError` for a loss or gradient that is not finite.
+        """
+        config, run, stop = self.config, self.run, self.stop
+
+        def evaluate_and_save(step, due):
+            if due:
+                averaged = average()
+                found = [stop.unless_stopped(lambda: evaluate(averaged, step)) if averaged else None]
+                if run.world > 1:
+                    dist.broadcast_object_list(found)
+                self.metrics = found[0] or {}
+                if self.metrics:
+                    log(step=step, **self.metrics)
+            self.save(step, self.metrics)
+            log.reset(step)  # this does not count as training time
+
+        with stop:
+            if evaluation_due(config, self.start) and not self.metrics:  # stopped before it, or within
+                evaluate_and_save(self.start, True)
+            for step in range(self.start, config.steps):
+                lr = learning_rate(step, config.lr, config.warmup, config.steps)
+                yield step, lr
+                done = step + 1
+                if done == config.stop_at:
+                    stop.requested = True
+                stopping, due = stop.agreed(run), evaluation_due(config, done)
+                if stopping or due or done % config.log_every == 0:
+                    seen = record()
+                    norm = self.finite(done, seen["loss"], self.grad_norm)
+                    log.training(done, config.batch_size, **seen, lr=lr, grad_norm=norm)
+                if stopping or due:
+                    evaluate_and_save(done, due)
+                if stopping or due and stop.agreed(run):  # asked again: a signal may have come meanwhile
+                    break
+            self.wait()
+            if stop.agreed(run):
+                log.say(f"stopped after step {log.logged}; go on with --resume")
+                self.metrics = {}
+
+    def save(self, step, metrics):
+        """Write the state after `step` steps, in a thread of its own: training goes on. All processes call this.
+
+        Raises `UserError`, at the next call at the latest, if it cannot be written, or holds a number that is not
+        finite; then the checkpoint before stands.
+        """
+        self.wait()  # one copy of everything at a time
+        since = time.time()
+        state = snapshot({name: part.state_dict() for name, part in self.parts.items()}, self.run.is_main)
+        if not self.run.is_main:
+            return
+        bad = not_finite(state)
+        if bad:
+            raise UserError(f"step {step}: {bad} holds a number that is not finite; {self.standing()}")
+        state |= {"settings": dataclasses.asdict(self.config), "step": step, "metrics": metrics}
+
+        def write():
+            save_resume(self.path, state)
+            self.export(state)
+            print(f"step {step}: saved in {time.time() - since:.1f} s", flush=True)
+        self.under_way = self.writer.submit(write)
+
+    def wait(self):
+        """Return when everything is written."""
+        last, self.under_way = self.under_way, None
+        if last:
+            last.result()
+
+    def finite(self, step, loss, grad_norm):
+        """The gradient's norm as a number. Raises `UserError`, on all processes, if it or the loss is not finite.
+
+        Once a gradient is not, all weights are not: so it is enough to look when a line is logged. None: a `Scaler`
+        left this step out.
+        """
+        norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
+        if math.isfinite(loss) and self.parts["scaler"].skips(norm):
+            return None
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise UserError(f"step {step}: the {what} is not finite; {self.standing()}; a --lr below {self.config.lr} "
+                            f"may help")
+        return norm
+
+    def standing(self):
+        """Which checkpoint there is to go on from, for errors."""
+        self.wait()
+        saved = os.path.exists(self.path)
+        return f"the checkpoint in {self.config.out} stands" if saved else "no checkpoint was saved yet"
+
+
+def check_run(config, run):
+    """Raise `UserError` for settings that all trainers have and that cannot work."""
+    check_range(config, 1, math.inf, "steps", "batch_size", "warmup", "log_every", "eval_every")
+    check_range(config, 0, math.inf, "workers", "stop_at")
+    check_range(config, 0, 1, "lr", "ema_decay")
+    check_range(config, 1e-9, math.inf, "grad_clip")
+    check_range(config, 0, 2**31 - 1, "seed")
+    autocast(run.device, config.precision)
+    compilers = "g++", "clang++", "cl", os.environ.get("CXX", "")
+    if getattr(config, "compile", False) and not any(map(shutil.which, compilers)):
+        raise UserError("--compile: torch needs a C++ compiler for it, such as g++, and there is none")
+    micro = max(1, getattr(config, "micro_batch", 1))
+    if config.batch_size % (run.world * micro):
+        raise UserError(f"--batch_size {config.batch_size}: expected a multiple of processes x micro_batch = "
+                        f"{run.world} x {micro}")
+    if 4 * config.steps < config.warmup:
+        raise UserError(f"--warmup {config.warmup}: --steps {config.steps} end before a quarter of --lr is reached; "
+                        f"give a --warmup of at most {config.steps}")
+    if config.steps < config.warmup and run.is_main:
+        print(f"--warmup {config.warmup} is longer than --steps {config.steps}: --lr is never reached", flush=True)
+
+
+def evaluation_due(config, step):
+    """Whether a run is evaluated after `step` steps: every --eval_every, and at the end."""
+    return step > 0 and step % config.eval_every == 0 or step == config.steps
+
+
+class StopRequest:
+    """Turns Ctrl-C or SIGTERM into a flag that the loop reads by `agreed`, so that it saves before it ends. A context.
+
+    What only measures may be cut short: see `unless_stopped`. A second signal ends the program at once.
+    """
+
+    def __init__(self):
+        self.requested, self.may_interrupt, self.before = False, False, {}
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+    def _ask(self, number, frame):
+        again, self.requested = self.requested, True
+        if not again:
+            print("stopping after this step; once more to quit at once", file=sys.stderr, flush=True)
+        if again or self.may_interrupt:
+            raise KeyboardInterrupt
+
+    def unless_stopped(self, work):
+        """work(), which changes nothing, or None if a signal comes meanwhile."""
+        if self.requested:
+            return None
+        self.may_interrupt = True
+        try:
+            return work()
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.may_interrupt = False
+
+    def agreed(self, run):
+        """Whether any process was asked to stop: all must leave the loop at the same step."""
+        if run.world > 1:
+            flag = torch.tensor(float(self.requested))  # on the CPU, over gloo: no GPU is waited for
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if flag.item() > 0:
+                self.requested = True
+        return self.requested
+
+
+def save_resume(path, state):
+    """Write what a run needs to go on, atomically (no random states: every step seeds itself). Raises `UserError`."""
+    try:
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError:  # what torch makes of a full disk
+        raise UserError(f"{path}: cannot be written; is the disk full?") from None
+
+
+def load_resume(path):
+    """Read `save_resume`'s file onto the CPU; tensors and plain values only (weights_only=True executes nothing).
+
+    Mapped from the file: of eight processes on a machine, none holds a copy of what it takes only a part of.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise UserError(f"{path}: cannot be read as a resume file ({shown(str(error))})") from None
+    types = {"settings": dict, "step": int, "metrics": dict, "model": dict, "ema": dict}
+    for name, kind in types.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise UserError(f"{path}: is no resume file of a run (its {name} is missing or damaged)")
+    if not 0 <= state["step"] <= 2**31:
+        raise UserError(f"{path}: is no resume file of a run (its step is {shown(state['step'])})")
+    try:
+        json.dumps([state["settings"], state["metrics"]])
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: is no resume file of a run (its settings or metrics are no plain values)") from None
+    return state
+
+
+def read_saved(directory):
+    """What the config.json of a run says, with its "step" and "metrics"; {} if it is missing or damaged."""
+    try:
+        saved = read_json(os.path.join(directory, "config.json"))
+    except UserError:
+        return {}
+    return saved if isinstance(saved, dict) and isinstance(saved.get("metrics"), dict) else {}
+
+
+def snapshot(state, keep=True):
+    """A copy of a state dict on the CPU, which training does not change any more; no tensors if not `keep`.
+
+    Tensors that are split over the processes are made whole, one at a time. For that all processes have to call this,
+    though only the one that writes will keep them.
+    """
+    if isinstance(state, dict):
+        return {name: snapshot(x, keep) for name, x in state.items()}
+    if isinstance(state, list):
+        return [snapshot(x, keep) for x in state]
+    if hasattr(state, "full_tensor"):
+        state = state.full_tensor()
+    if torch.is_tensor(state):
+        return state.detach().to("cpu", copy=True) if keep else None
+    return state
+
+
+def not_finite(state, name=""):
+    """The name of a tensor in nested dicts of them that holds NaN or an infinity; "" if none does."""
+    if isinstance(state, dict):
+        return next(filter(None, (not_finite(x, f"{name} {key}".strip()) for key, x in state.items())), "")
+    number = torch.is_tensor(state) and state.is_floating_point() and state.numel()
+    return name if number and not torch.stack(state.aminmax()).isfinite().all() else ""
+
+
+def provenance(run):
+    """What made this file: the commit (with + if the tree was changed), torch's version, the devices of the `Run`."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    def git(*args):
+        done = subprocess.run(["git", "-C", here, *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    cpu = f"{run.device.type}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else cpu
+    return {"commit": commit, "torch": torch.__version__, "hardware": f"{run.world} x {device}"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The log
+
+
+class Log:
+    """One line on the screen and the same record in `<directory>/log.jsonl`, from the main process only.
+
+    start: the steps done before, on resume; the records of later ones, which will be done again, are dropped. stage:
+    what is training, in front of each line. steps: how many there will be. later: seconds that the stages after this
+    one will take, for the ETA of the whole command.
+    """
+
+    def __init__(self, directory, run, start=0, stage="", steps=0, later=0.0):
+        self.path, self.run = os.path.join(directory, "log.jsonl"), run
+        self.stage, self.steps, self.later = stage, steps, later
+        self.since, self.logged, self.least = time.time(), start, math.inf
+        if run.is_main and os.path.exists(self.path):
+            kept = [record for record in read_log(directory) if record["step"] <= start]
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def __call__(self, **record):
+        if not self.run.is_main:
+            return
+        record = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        record["step"] = f"{record['step']}/{self.steps}"
+        self.say("  ".join([self.stage, *(f"{name} {_short(v)}" for name, v in record.items())]).strip())
+
+    def training(self, step, batch_size, loss, grad_norm, **record):
+        """The record of a training step, with speed and ETA, and a word if the loss explodes."""
+        rate = (step - self.logged) / max(1e-9, time.time() - self.since)
+        self(step=step, loss=loss, **record, grad_norm=grad_norm, images_per_s=rate * batch_size,
+             eta=clock((self.steps - step) / rate + self.later))
+        if loss > 10 * self.least:
+            self.say(f"the loss is {loss:.3g} and was {self.least:.3g}: training diverges; a lower --lr may help")
+        self.least = min(self.least, loss)
+        self.reset(step)
+
+    def say(self, sentence):
+        """A line on the screen alone."""
+        if self.run.is_main:
+            print(sentence, flush=True)
+
+    def reset(self, step):
+        """Start the clock anew: what came before, such as an evaluation, is not training time."""
+        self.since, self.logged = time.time(), step
+
+
+def read_log(directory):
+    """The records of `<directory>/log.jsonl`; lines that are none, such as a power cut leaves, are left out."""
+    records = []
+    with open(os.path.join(directory, "log.jsonl"), encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def _short(value):
+    """A number, or a list of numbers, as it stands in a log line; None, "nothing to measure", is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return "/".join(_short(v) for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Means:
+    """Running means that stay on the device until they are read, so that no step waits for it."""
+
+    def __init__(self, count, run):
+        self.run, self.sums = run, torch.zeros(2, count, dtype=torch.float32, device=run.device)
+
+    def add(self, sums, counts):
+        """sums, counts (n,), n at most `count`: of what was summed, and how often, of the first n quantities."""
+        self.sums[:, :len(sums)] += torch.stack([sums.detach(), counts.to(sums)])  # (2, n)
+
+    def take(self):
+        """The means over all processes since the last call, a list; None where nothing was counted."""
+        if self.run.world > 1:
+            dist.all_reduce(self.sums)
+        sums, counts = self.sums.tolist()
+        self.sums.zero_()
+        return [total / n if n else None for total, n in zip(sums, counts)]
+
+
+def seconds_of(work):
+    """How long `work()`, which returns a tensor of one number, takes the second time; the first takes longer."""
+    float(work())
+    since = time.time()
+    float(work())  # waits for a GPU
+    return time.time() - since
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The step: learning rate, average, 16 bits, CUDA graphs
+
+
+def learning_rate(step, peak, warmup, steps, final=0.01):
+    """Linear warm-up to `peak` over `warmup` steps, then cosine to `final`·peak at `steps`. `step` counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))  # in [0, 1]
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Average(AveragedModel):
+    """`.module`: a copy of a model whose parameters follow p_ema <- d·p_ema + (1-d)·p at each update.
+
+    d = min(decay, (1+n)/(10+n)) at update n, so that a short run is not dominated by its random initial weights
+    (the rule of tf.train.ExponentialMovingAverage). torch's own update would wait for the GPU each time.
+    """
+
+    def __init__(self, model, decay):
+        super().__init__(model)
+        self.decay = decay
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model):
+        n = self.n_averaged.item()  # on the CPU
+        d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        local = lambda x: x.to_local() if hasattr(x, "to_local") else x           # noqa: E731, this process's part
+        pairs = [(mine, p) for mine, p in zip(self.module.parameters(), model.parameters()) if p.requires_grad]
+        torch._foreach_lerp_([local(mine) for mine, _ in pairs], [local(p) for _, p in pairs], 1 - d)
+        for mine, buffer in zip(self.module.buffers(), model.buffers()):
+            mine.copy_(buffer)
+        self.n_averaged += 1
+
+
+def fill_with_average(module, ema):
+    """Give `module`, which may be on "meta", the weights in `ema`, an `Average`'s state dict; returns it."""
+    weights = {name.removeprefix("module."): x for name, x in ema.items() if name != "n_averaged"}
+    module.load_state_dict(weights, assign=True)
+    return module.eval()
+
+
+class Scaler(torch.amp.GradScaler):
+    """With fp16, whose least number is 6e-8, multiplies the loss, so that small gradients do not become 0 on their way
+    back; `unscale_` divides them again. A step with gradients that were too large is left out, and the factor halved.
+    With any other precision all this does nothing.
+    """
+
+    def __init__(self, config, run):
+        super().__init__(run.device.type, enabled=config.precision == "fp16")
+
+    def load_state_dict(self, state):
+        if state:  # else it was saved with another precision
+            super().load_state_dict(state)
+
+    def skips(self, norm):
+        """Whether a step of this gradient norm was left out as too large; below a factor of 1, it is not the factor."""
+        return self.is_enabled() and not math.isfinite(norm) and self.get_scale() >= 1
+
+
+class Recorded:
+    """A function of tensors whose work on the GPU is recorded once, as a CUDA graph, and from then on replayed.
+
+    A training step of a small model is thousands of kernels of microseconds each, and Python needs longer to ask for
+    one than the GPU to run it: an H100 stood idle for four fifths of the time. A recording is asked for once. It
+    repeats exactly what ran, on the same memory: no decision within `function` may hang on values, gradients have to
+    stay where they are (`zero_grad(set_to_none=False)`), and what it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.key = function, None
+
+    def __call__(self, what, *tensors):
+        """function(what, *tensors). `what`: all that is no tensor; tensors: on the GPU, or None.
+
+        With another `what`, or other shapes, it is recorded anew: micro-batches below 16, whose samples are grouped
+        otherwise each time, never are. The first three calls run as they are: in them torch chooses and compiles
+        kernels, and makes gradients.
+        """
+        key = (what, *(x if x is None else x.shape for x in tensors))
+        if key != self.key:
+            self.key, self.calls, self.graph, self.result = key, 0, None, None    # lets go of the last one's memory
+        self.calls += 1
+        if self.calls <= 3:
+            return self.function(what, *tensors)
+        if self.graph is None:
+            self.inputs, self.graph = [x if x is None else x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            # thread_local: meanwhile a loader's thread may pin memory
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.function(what, *self.inputs)
+        for mine, x in zip(self.inputs, tensors):
+            if x is not None:
+                mine.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.result
+
+
+def recorded(function, config, run):
+    """`function`, `Recorded` where that is possible: with --compile, on one GPU alone."""
+    return Recorded(function) if config.compile and run.device.type == "cuda" and run.world == 1 else function
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes: a model split over them
+
+
+def shard(trunks, units, run, precision):
+    """Split modules over the processes (FSDP2, ZeRO stage 3): of each tensor and its gradient, each holds 1/world.
+
+    A unit's weights are gathered when it computes, forwards and once more backwards, and then dropped; `trunks` are the
+    modules that hold the units and whatever is in none of them. Unlike DDP this sums gradients after every micro-batch:
+    those that waited for the last one would have to be whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # late: not in every build of torch
+    mesh = init_device_mesh(run.device.type, (run.world,))
+    with autocast(run.device, precision):
+        bf16 = torch.is_autocast_enabled(run.device.type)
+    # Units hold only what autocast casts: gathered in bfloat16 they give the same numbers for half the traffic. And
+    # autocast's own copies would stay, whole, until the backward pass. The residual stream is float32.
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for trunk in trunks:
+        # What is in no unit. Dropped after the forward pass too: of a frozen trunk there is no backward pass to do it
+        fully_shard(trunk, mesh=mesh, reshard_after_forward=True)
+
+
+def split_like(state, like):
+    """A state dict of whole tensors -> each split over the processes as its namesake in `like` is, if that is.
+
+    One tensor in `like` may stand for a dict: its shape says which of those are split (AdamW's moments, not its step).
+    """
+    if isinstance(state, dict):
+        return {name: split_like(x, like.get(name) if isinstance(like, dict) else like) for name, x in state.items()}
+    if hasattr(like, "full_tensor") and torch.is_tensor(state) and state.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor  # late: not in every build of torch
+        return distribute_tensor(state, like.device_mesh, like.placements)
+    return state
