@@ -5,7 +5,6 @@ How fast, and in how much memory: our code beside a plain computation of the sam
 
     python -m extras.bench                     # tokenize, detokenize, train, vae: d12-d12 at 256 px, float32
     python -m extras.bench generate loss       # the prior: with its cache and without; its loss in chunks and at once
-    python -m extras.bench memory              # what training holds, by preset: computed, in 7 s and 0.4 GB of memory
     python -m extras.bench detokenize train --preset tiny                         # seconds, to try it
     python -m extras.bench tokenize_video detokenize_video --preset video         # a clip of 17 frames; 1 minute
     python -m extras.bench detokenize train --device cuda --precision bf16 --compile --train_batch 32
@@ -34,7 +33,7 @@ from vidtok import VidTokConfig, make_vae
 
 @dataclass
 class BenchConfig:
-    """Measure. Parts: tokenize, detokenize, train, vae, generate, loss, tokenize_video, detokenize_video, memory;
+    """Measure. Parts: tokenize, detokenize, train, vae, generate, loss, tokenize_video, detokenize_video;
     without any, the first four."""
     part: tuple = ()                  # what to measure, of the parts above
     # tokenizer
@@ -420,95 +419,17 @@ def run_side(side, name, config, part):
         print(next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What training holds in memory: computed, not measured
-
-
-def image_bytes(trunk, depth, k):
-    """Bytes that autograd keeps of one more image of 256 px with k tokens, under bf16: of a whole trunk, "encoder" or
-    "decoder", and of one of its blocks. Counted on one block and on two: all blocks but the last keep the same.
-
-    Fake tensors have shapes and go through all of torch's own code, autograd's included, but hold no numbers.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # late: takes time and memory that other parts would count
-    def kept(blocks, B):
-        config, storages = BenchConfig(enc_depth=blocks, dec_depth=blocks), {}
-        part = getattr(build(config, torch.device("meta"), 8, 64 * depth), trunk)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            part, latents = part.to_empty(device="cpu"), torch.empty(B, 16, 32, 32)
-            t, codes = torch.empty(B), torch.empty(B, k, 6)
-        def pack(x):
-            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()  # several views of one count once
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(torch.device("cpu"), "bf16"):
-            result = part(latents, k) if trunk == "encoder" else part(latents, t, codes)
-        assert result.grad_fn is not None  # alive until here, so that no two storages had one address
-        return sum(storages.values())
-    one, two = (kept(blocks, 2) - kept(blocks, 1) for blocks in (1, 2))  # the weights are in both
-    return one + (depth - 1) * (two - one), two - one
-
-
-def batch_bytes(config, k):
-    """Bytes for each image of 256 px with k tokens: as autograd keeps them, and with checkpointed blocks."""
-    trunks = (("encoder", config.enc_depth, 256 + k), ("decoder", config.dec_depth, 256 + min(k + 1, 256)))
-    of_trunks, of_blocks = zip(*(image_bytes(trunk, depth, k) for trunk, depth, _ in trunks))
-    # what checkpointing keeps: what enters every block, in float32, and of one block at a time all
-    return sum(of_trunks), sum(depth * 64 * depth * n * 4 for _, depth, n in trunks) + max(of_blocks)
-
-
-def weight_bytes(config, world=8):
-    """The number of trained parameters, and what training holds beside images, in bytes: whole, and with --shard."""
-    tokenizer = build(config, torch.device("meta"), config.vae_width)             # sizes without memory
-    count = lambda module: sum(p.numel() for p in module.parameters())            # noqa: E731
-    trained, vaes = count(tokenizer) - count(tokenizer.vae), 2 * 4 * count(tokenizer.vae)  # the EMA holds a VAE too
-    # float32 weights, gradients and EMA; bfloat16 copies under autocast; AdamW's two moments
-    whole = trained * (4 + 4 + 4 + 2 + 8)
-    # --shard: all that by 1/world, and what is gathered while one unit (a block, or its modulation) after the other
-    # computes: backwards, of the largest one, it and the next in bfloat16, the buffer that one arrives in, gradients in
-    # bfloat16, and in float32 these and those of the unit before, on their way to the sum
-    units = [count(block.adaln) for block in tokenizer.decoder.blocks]
-    units += [count(block.attn) + count(block.mlp) for block in [*tokenizer.encoder.blocks, *tokenizer.decoder.blocks]]
-    rest = trained - sum(units)  # in no unit: float32 weights and gradients, autocast's copies
-    split = trained * (4 + 4 + 4 + 8) // world + max(units) * (2 + 2 + 2 + 2 + 4 + 4) + rest * (4 + 4 + 2)
-    return trained, whole + vaes, split + vaes
-
-
-def memory():
-    """Print what training each of the paper's presets holds, and how many images then fit."""
-    print("Computed: bf16 autocast; weights, gradients, AdamW, EMA in float32; 256 px, K = 256, 57 tokens kept (as by\n"
-          "pow2), all 256 with --shard, here on 8 GPUs. An image is what autograd keeps; checkpointed, the input of\n"
-          "each block and all of one. Not in it: workspaces of the libraries, and the VAE's own pass.\n\n"
-          "            parameters  weights to AdamW;  an image; check-       images on 24 GB:\n"
-          "                              --shard, GB  pointed; both, MB  plain; checkpointed; both")
-    for name in ("d12-d12", "d18-d18", "d18-d28"):
-        config, powers = BenchConfig(**PRESETS[name]), powers_of_two(256)
-        parameters, whole, split = weight_bytes(config)
-        image, checkpointed = batch_bytes(config, round(sum(powers) / len(powers)))
-        both = batch_bytes(config, 256)[1]  # split, all samples pass with all K tokens
-        fits = [f"{max(0, int((24e9 - held) / each)):,}" for held, each in
-                ((whole, image), (whole, checkpointed), (split, both))]
-        print(f"{name:8}{parameters:14,}{whole / 1e9:12.1f};{split / 1e9:5.1f}{image / 1e6:10,.0f};"
-              f"{checkpointed / 1e6:4.0f};{both / 1e6:4.0f}{'; '.join(fits):>26}", flush=True)
-
-
 def main(config):
-    """Measure the parts named in `config.part`. Returns the rows, but for those of memory. Raises UserError."""
+    """Measure the parts named in `config.part`. Returns the rows. Raises UserError."""
     parts, device = config.part or ("tokenize", "detokenize", "train", "vae"), pick_device(config.device)
-    if unknown := set(parts) - {*ROWS, "memory"}:
-        raise UserError(f"{min(unknown)}: expected {', '.join(ROWS)} or memory")
-    if set(parts) - {"memory"}:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"d{config.enc_depth}-d{config.dec_depth}, K = {config.registers}, {config.image_size} px, "
-              f"{config.precision}{', compiled' if config.compile else ''}; {device}, {name}, "
-              f"torch {torch.__version__}; median of {config.repeats}\n"
-              f"{'':34}{'ms, ours':>10}{'plain':>10} {'per':6}{'ratio':>7} {'MiB, ours':>9}{'plain':>9}   differ")
-    figures = []
-    for part in parts:
-        if part == "memory":
-            memory()
-            continue
-        figures += [measure(row, config, device, part) for row in ROWS[part](config, device)]
-    return figures
+    if unknown := set(parts) - {*ROWS}:
+        raise UserError(f"{min(unknown)}: expected {', '.join(ROWS)}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"d{config.enc_depth}-d{config.dec_depth}, K = {config.registers}, {config.image_size} px, "
+          f"{config.precision}{', compiled' if config.compile else ''}; {device}, {name}, "
+          f"torch {torch.__version__}; median of {config.repeats}\n"
+          f"{'':34}{'ms, ours':>10}{'plain':>10} {'per':6}{'ratio':>7} {'MiB, ours':>9}{'plain':>9}   differ")
+    return [measure(row, config, device, part) for part in parts for row in ROWS[part](config, device)]
 
 
 if __name__ == "__main__":
