@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common import UserError, replacing, shown
-from images import _to_rgb, draw_grid, fit, opened, read_image, seek, to_float, to_image
+from images import _to_rgb, draw_grid, fit, opened, read_image, seek, to_bytes, to_float, to_image
 
 FPS = 8                        # frames a second, of everything that is learned and written
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
@@ -104,20 +104,20 @@ def frames_of(path, size, fps=FPS):
         time, frame = time + seconds, None
         while (count + 0.5) / fps < time - 1e-6:
             if frame is None:
-                frame = torch.from_numpy(np.array(fit(image, size))).permute(2, 0, 1).contiguous()  # (3, H, W)
+                frame = to_bytes(fit(image, size))                                # (3, H, W)
             count += 1
             yield frame
     if not count:
         if time == 0:
             raise UserError(f"{path}: holds no frames")
-        yield torch.from_numpy(np.array(fit(image, size))).permute(2, 0, 1).contiguous()  # shorter than 1/fps
+        yield to_bytes(fit(image, size))  # shorter than 1/fps
 
 
-def windows_of(path, size, frames=17, stride=16, say=lambda sentence: print(sentence, file=sys.stderr)):
+def windows_of(path, size, frames=17, stride=16):
     """The windows of a clip file, in turn: (3, 17, H, W) float32 in [-1, 1], each `stride` frames after the last.
 
-    A clip too short for one gives a window of 1 + 4n frames. What is left behind the last is cut, and `say` is called
-    with a sentence about it. Raises `UserError` naming the file.
+    A clip too short for one gives a window of 1 + 4n frames. What is left behind the last is cut, which is
+    said on stderr. Raises `UserError` naming the file.
     """
     window, count, fresh = [], 0, 0
     for frame in frames_of(path, size):
@@ -131,7 +131,8 @@ def windows_of(path, size, frames=17, stride=16, say=lambda sentence: print(sent
         yield to_float(torch.stack(window[:used], 1))                             # (3, 1 + 4n, H, W)
     if used < count:
         expected = f"{frames} + {stride}n" if count > frames else "1 + 4n"
-        say(f"{path}: the last {count - used} of {count} frames at {FPS} a second are cut, a clip has {expected}")
+        print(f"{path}: the last {count - used} of {count} frames at {FPS} a second are cut, a clip has {expected}",
+              file=sys.stderr)
 
 
 def read_clip(path, size, frames=17, stride=16, seconds=math.inf):

@@ -24,7 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -277,7 +277,7 @@ def autocast(device, precision):
     """Context for the forward pass: "bf16" and "fp16" run matrix products in that type, "fp32" changes nothing.
 
     "auto" is bf16 where the hardware multiplies it natively (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else
-    fp32. fp16 is for older GPUs (T4, V100), and in training needs a `Scaler`. Raises UserError for any other word.
+    fp32. fp16 is for older GPUs (T4, V100), and in training needs a `runs.Scaler`. Raises UserError for any other word.
     """
     if precision not in ("auto", "fp32", *HALF):
         raise UserError(f"--precision {precision}: expected auto, bf16, fp16 or fp32")
@@ -292,9 +292,9 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attention_kernel(device):
-    """Context that picks the kernel of attention in training, to be entered inside `autocast`: torch's own choice, but
-    on a CPU in bfloat16. There its fused kernel is slow backwards for short sequences: a step of the cpu preset takes
-    twice as long as with the plain one. In float32 the fused one is faster (80 to 512 tokens).
+    """Context that picks the kernel of attention in training, to be entered inside `autocast`: torch's own choice,
+    except on a CPU in bfloat16, where its fused kernel is slow backwards for short sequences: a step of the cpu preset
+    takes twice as long as with the plain one. In float32 the fused one is faster (80 to 512 tokens).
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and torch.is_autocast_enabled("cpu") else nullcontext()
 
@@ -314,11 +314,9 @@ def compile_blocks(blocks, dynamic=True, **options):
 
     A copy made afterwards would run the weights of the original. dynamic: for any batch and length above 1.
 
-    A first trial of this in training gave 61 graphs, and weights 1e-3 off after two steps. The graphs: torch takes
-    sizes that are equal the first time for one size, so that others need a new graph; and a default of 0.0 within its
-    causal mask for a number that varies, which has it start anew, up to 13 times a graph. The weights: that was in
-    bfloat16, where compiled blocks round elsewhere, and AdamW divides a gradient by its size: what is little but
-    rounding goes apart by the learning rate, in gradients and losses it does not show. In float32 all agree.
+    Two settings keep the graphs few: sizes that are equal the first time are not taken for one size, and the 0.0 within
+    torch's causal mask counts as a constant. In bfloat16 compiled blocks round elsewhere than eager ones; in float32
+    both agree.
     """
     from torch.fx.experimental import _config  # late: it takes a second
     _config.use_duck_shape = False
@@ -446,7 +444,10 @@ def checked(Config, fields, where):
             raise UserError(f"{where}: {name} is {shown(value)}, expected {'a list, each ' * many}{what}"
                             f"{' above 0' if positive else ' from 0' * number}")
         values[name] = tuple(value) if many else type(like)(value)
-    return Config(**values)
+    try:
+        return Config(**values)
+    except ValueError as error:  # what the dataclass itself refuses
+        raise UserError(f"{where}: {str(error)[:150]}") from None
 
 
 # safetensors' names
@@ -485,11 +486,6 @@ def load_tensors(path, read=load_file):
         return read(path)
     except (SafetensorError, OSError, MemoryError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({shown(str(error))})") from None
-
-
-def open_header(path):
-    """A safetensors file whose header has been read and checked, and none of its tensors. Raises `UserError`."""
-    return load_tensors(path, lambda path: safe_open(path, "pt"))
 
 
 def digest_of(settings, *modules):

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clips import FILMS, FPS, frames_of
 from common import Run, UserError, barrier, clock, locked, read_json, replacing, shown, sweep, write_json
-from images import fit, opened, read_image, save_grid, to_float
+from images import fit, opened, read_image, save_grid, to_bytes, to_float
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 BICUBIC = Image.Resampling.BICUBIC
@@ -71,11 +71,6 @@ def open_clips(data, image_size, split="train", seed=0, frames=17):
     if os.path.isdir(data):
         return Films(data, image_size, split, frames)
     raise UserError(f"--data {data}: expected moving or an existing folder of films, as the tokenizer is one of clips")
-
-
-def to_bytes(pixels):
-    """PIL image or (H, W, 3) array -> (3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.array(pixels, dtype=np.uint8).transpose(2, 0, 1).copy())  # (3, H, W)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -472,7 +467,7 @@ class Films(Folder):
         return torch.stack(list(itertools.islice(frames, first, first + self.frames)), 1)  # (3, F, S, S)
 
 
-@functools.lru_cache(maxsize=1)  # both splits, and every stage, open the same folder
+@functools.lru_cache(maxsize=1)  # both splits, and every part of a command, open the same folder
 def read_films(root, image_size, least):
     """Decode the films under `root` -> {path: (n, frames)}, messages: one for each file that is left out.
 
@@ -600,7 +595,7 @@ def clean(text):
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-@functools.cache  # both splits, and every stage, open the same folder
+@functools.cache  # both splits, and every part of a command, open the same folder
 def say_once(message):
     """Print a line on stderr, once a process."""
     print(message, file=sys.stderr)
@@ -750,18 +745,18 @@ class Cached:
         self.state = {"made_by": self.made_by, "done": 0, "replaced": []}
         self.state_path = path + ".json"
 
-    def fill(self, make, what, later=0.0):
+    def fill(self, make, what, later=lambda: 0.0):
         """Make what is missing: make(images uint8 (b, 3, S, S), first row) -> array (b, ...), in parts of 64 rows.
 
-        what: its name, shown. later: seconds that the stages after this one take, for the ETA of the whole command.
+        what: its name, shown. later(): seconds that the parts after this one take, for the ETA of all.
         """
         busy = f"{self.path}: another process is writing it; wait for it"
         with locked(self.path + ".lock", busy) if self.run.is_main else nullcontext():
             self._begin()
             done, total, slab = self.state["done"], self.shape[0], 64 * self.run.world
             replaced = dict(self.state["replaced"])
+            store, later = (self._open("r+"), later()) if done < total else (None, 0.0)
             seconds = said = time.time()
-            store = self._open("r+") if done < total else None
             if done < total and self.run.is_main:
                 size = f"{store.nbytes / 2**20:,.0f} MiB"
                 print(f"{what} {total - done:,} views, kept in {self.path} ({size})", flush=True)

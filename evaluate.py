@@ -158,8 +158,8 @@ def sample_grid(gpt, tokenizer, labels, captions, cfg_scale=1.0):
     picked = [i * len(labels) // 8 for i in range(8)]
     asked = conditions(gpt, labels[picked], [captions[i] for i in picked])
     tokens = gpt.generate(*asked, cfg_scale=cfg_scale, n=8, generator=torch.Generator().manual_seed(0))  # (8, T)
-    lengths = tokenizer.lengths if isinstance(tokenizer, ClipSequences) else powers_of_two
-    ks, scale = lengths(tokens.shape[1]), tokenizer.recommended_guidance
+    ks = [tokenizer.rows * k for k in powers_of_two(max(1, tokens.shape[1] // tokenizer.rows))]
+    scale = tokenizer.recommended_guidance
     columns = [draw(tokenizer, list(tokens[:, :k].split(1)), guidance_scale=scale) for k in ks]  # (8, 3, H, W) each
     return columns, [f"k={k}" for k in ks]
 
@@ -195,7 +195,7 @@ class Judge:
     """Says what is in a picture by the training picture most like it, in the features of a network trained for that.
 
     `net`: images (B, 3, S, S) -> features (B, 128), of length 1. It has only seen training pictures, augmented. The
-    style of an emoji it says by itself: of a thing in a style held out, the nearest picture is in another one.
+    style of an emoji it names by a classifier: where a thing's style was held out, its nearest picture has another.
     """
 
     def __init__(self, data, image_size, steps, seed=0):
@@ -352,7 +352,7 @@ def load(tokenizer_path, prior_path, device, dtype=torch.float32):
     tokenizer = open_tokenizer(tokenizer_path, device)
     gpt = GPT.from_pretrained(prior_path, device=device, dtype=dtype)
     K, V = tokenizer.config.registers, tokenizer.quantizer.vocab_size
-    rows = getattr(tokenizer, "rows", 1)  # of clips: with less than a token a row, none can be shown
+    rows = tokenizer.rows  # of clips: with less than a token a row, none can be shown
     if gpt.config.vocab_size != V or not rows <= gpt.config.length <= K:
         raise UserError(f"{prior_path}: writes {gpt.config.length} tokens out of {gpt.config.vocab_size}, but "
                         f"{tokenizer_path} has {rows} to {K} out of {V}")

@@ -20,14 +20,9 @@ import torch.nn.functional as F
 # The path and the loss
 
 
-def _expand(t, x):
-    """t (B,) -> (B, 1, ..., 1), to be multiplied with x (B, ...)."""
-    return t.view(-1, *[1] * (x.dim() - 1))
-
-
 def interpolate(data, noise, t):
     """x_t = (1-t)·data + t·noise: data, noise (B, ...), t (B,) in [0, 1] -> (B, ...).    (arXiv 2209.03003, Eq. 1)"""
-    t = _expand(t, data)                                                          # (B, 1, ..., 1)
+    t = t.view(-1, *[1] * (data.dim() - 1))                                       # (B, 1, ..., 1)
     return (1 - t) * data + t * noise
 
 

@@ -119,9 +119,14 @@ def fit(image, size):
     return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
+def to_bytes(pixels):
+    """PIL image or (H, W, 3) array -> (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.array(pixels, dtype=np.uint8).transpose(2, 0, 1).copy())  # (3, H, W)
+
+
 def to_tensor(image):
     """PIL RGB image -> (3, H, W) float32 in [-1, 1]."""
-    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())  # (3, H, W)
+    return to_float(to_bytes(image))                                              # (3, H, W)
 
 
 def to_float(images):
@@ -131,7 +136,7 @@ def to_float(images):
 
 def check_images(images):
     """Return `images`. Raises ValueError for bytes, and for numbers far outside of [-1, 1], such as 0..255."""
-    if not images.is_floating_point() or images.numel() and not images.abs().max() < 16:  # what a model made may be 2
+    if not images.is_floating_point() or images.numel() and not images.abs().max() < 16:  # a model's may overshoot to 2
         low, high = (f"{bound.item():g}" for bound in images.aminmax())
         raise ValueError(f"images are {images.dtype} from {low} to {high}, expected floats in [-1, 1]; "
                          f"images.to_float makes them of bytes")

@@ -319,7 +319,7 @@ def law_of_k(u, K, mode):
     if mode not in ("uniform", "uniform_pow2"):
         raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
     k = (u * K).long() + 1                                                        # (B,)
-    return k if mode == "uniform" else round_up_to_pow2(k).clamp(max=K)
+    return k if mode == "uniform" else torch.tensor([min(1 << (x - 1).bit_length(), K) for x in k.tolist()])
 
 
 def sample_k(B, K, mode, null_p=0.0, generator=None):
@@ -354,11 +354,6 @@ def room_for(k, K):
 def powers_of_two(K):
     """[1, 2, 4, ..., K]: the numbers of tokens at which reconstructions are shown and measured; K always the last."""
     return [2**i for i in range(K.bit_length()) if 2**i < K] + [K]
-
-
-def round_up_to_pow2(k):
-    """k (B,) int64 >= 1, on the CPU -> the next power of two at or above each."""
-    return torch.tensor([1 << (number - 1).bit_length() for number in k.tolist()])  # (B,)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -504,7 +499,7 @@ def in_groups(velocity, room, *tensors):
     """velocity(k, *tensors) of the samples of equal room k together; tensors (B, ...), room a tuple of B numbers.
 
     Neither the first k registers nor the decoder look at those from k on: a sample that keeps few costs little more
-    than 2·N, not 2·(N + K).
+    than N tokens in encoder and decoder each, not N + K.
     """
     groups, order = groups_of(room, tensors[0].device)
     results = [velocity(k, *(x[members] for x in tensors)) for k, members in groups]  # (b, C, h, w) each
@@ -530,6 +525,7 @@ class FlexTok(nn.Module):
     >>> tokens = tokenizer.tokenize(images)                        # list of B tensors (1, K)
     >>> images = tokenizer.detokenize([t[:, :16] for t in tokens])
     """
+    rows = 1  # of tokens, for a prior; `video.ClipSequences` has several
 
     def __init__(self, config, vae):
         super().__init__()

@@ -6,8 +6,8 @@ What every training run does beside its algorithm: hand out steps, log, evaluate
          |-- every --eval_every steps   metrics of the averaged weights; resume.pt, model.safetensors, config.json
          `-- Ctrl-C, SIGTERM            the same at once, and --resume goes on bit for bit
 
-Here too: learning rate, averaged weights, 16 bits, a step as a CUDA graph, a model split over processes. No machine
-learning. Nothing to run here. Used by vae.py, train_tokenizer.py, train_ar.py, train_video.py.   Next: one of them.
+Here too: learning rate, averaged weights, 16 bits, a step as a CUDA graph, a model split over processes. Nothing here
+knows what is trained. Nothing to run here. Next: train_tokenizer.py, to see it used.
 """
 import dataclasses
 import json
@@ -118,11 +118,11 @@ class Checkpoints:
         self.start, self.metrics, self.saved = self.saved["step"], self.saved["metrics"], None  # frees the memory
         return self.start
 
-    def steps(self, log, record, average, evaluate):
+    def steps(self, log, report, average, evaluate):
         """Yield (step, learning rate) of each step to do; between them log, evaluate, save, and stop if asked to.
 
-        Within the loop `grad_norm` has to be set, to the norm () of the step's gradient. record() -> what the log says
-        of the steps since it was last asked: a dict with "loss". average() -> the averaged model, or None where another
+        report() -> what the log says of the steps since it was last asked: a dict with "loss", and as "grad_norm" the
+        norm () of the last step's gradient, still on the device. average() -> the averaged model, or None where another
         process evaluates; all processes call it. evaluate(averaged, step) -> metrics, a dict; it changes nothing, so
         that a signal may cut it short. Afterwards `metrics` is what the last evaluation said, {} if the run was stopped
         (Ctrl-C, SIGTERM, --stop_at). Raises `UserError` for a loss or gradient that is not finite.
@@ -152,9 +152,9 @@ class Checkpoints:
                     stop.requested = True
                 stopping, due = stop.agreed(run), evaluation_due(config, done)
                 if stopping or due or done % config.log_every == 0:
-                    seen = record()
-                    norm = self.finite(done, seen["loss"], self.grad_norm)
-                    log.training(done, config.batch_size, **seen, lr=lr, grad_norm=norm)
+                    seen = report()
+                    seen["grad_norm"] = self.finite(done, seen["loss"], seen["grad_norm"])
+                    log.training(done, config.batch_size, **seen, lr=lr)
                 if stopping or due:
                     evaluate_and_save(done, due)
                 if stopping or due and stop.agreed(run):  # asked again: a signal may have come meanwhile
@@ -223,7 +223,7 @@ def check_run(config, run):
     check_range(config, 0, 2**31 - 1, "seed")
     autocast(run.device, config.precision)
     compilers = "g++", "clang++", "cl", os.environ.get("CXX", "")
-    if getattr(config, "compile", False) and not any(map(shutil.which, compilers)):
+    if config.compile and not any(map(shutil.which, compilers)):
         raise UserError("--compile: torch needs a C++ compiler for it, such as g++, and there is none")
     micro = max(1, getattr(config, "micro_batch", 1))
     if config.batch_size % (run.world * micro):
@@ -374,14 +374,14 @@ def provenance(run):
 class Log:
     """One line on the screen and the same record in `<directory>/log.jsonl`, from the main process only.
 
-    start: the steps done before, on resume; the records of later ones, which will be done again, are dropped. stage:
-    what is training, in front of each line. steps: how many there will be. later: seconds that the stages after this
+    start: the steps done before, on resume; the records of later ones, which will be done again, are dropped. part:
+    what is training, in front of each line. steps: how many there will be. later: seconds that the parts after this
     one will take, for the ETA of the whole command.
     """
 
-    def __init__(self, directory, run, start=0, stage="", steps=0, later=0.0):
+    def __init__(self, directory, run, start=0, part="", steps=0, later=0.0):
         self.path, self.run = os.path.join(directory, "log.jsonl"), run
-        self.stage, self.steps, self.later = stage, steps, later
+        self.part, self.steps, self.later = part, steps, later
         self.since, self.logged, self.least = time.time(), start, math.inf
         if run.is_main and os.path.exists(self.path):
             kept = [record for record in read_log(directory) if record["step"] <= start]
@@ -395,12 +395,12 @@ class Log:
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         record["step"] = f"{record['step']}/{self.steps}"
-        self.say("  ".join([self.stage, *(f"{name} {_short(v)}" for name, v in record.items())]).strip())
+        self.say("  ".join([self.part, *(f"{name} {_short(v)}" for name, v in record.items())]).strip())
 
-    def training(self, step, batch_size, loss, grad_norm, **record):
+    def training(self, step, batch_size, loss, **record):
         """The record of a training step, with speed and ETA, and a word if the loss explodes."""
         rate = (step - self.logged) / max(1e-9, time.time() - self.since)
-        self(step=step, loss=loss, **record, grad_norm=grad_norm, images_per_s=rate * batch_size,
+        self(step=step, loss=loss, **record, images_per_s=rate * batch_size,
              eta=clock((self.steps - step) / rate + self.later))
         if loss > 10 * self.least:
             self.say(f"the loss is {loss:.3g} and was {self.least:.3g}: training diverges; a lower --lr may help")
@@ -447,8 +447,8 @@ class Means:
         self.run, self.sums = run, torch.zeros(2, count, dtype=torch.float32, device=run.device)
 
     def add(self, sums, counts):
-        """sums, counts (n,), n at most `count`: of what was summed, and how often, of the first n quantities."""
-        self.sums[:, :len(sums)] += torch.stack([sums.detach(), counts.to(sums)])  # (2, n)
+        """sums, counts (count,): of what was summed, and how often."""
+        self.sums += torch.stack([sums.detach(), counts.to(sums)])                # (2, count)
 
     def take(self):
         """The means over all processes since the last call, a list; None where nothing was counted."""
@@ -524,7 +524,7 @@ class Scaler(torch.amp.GradScaler):
             super().load_state_dict(state)
 
     def skips(self, norm):
-        """Whether a step of this gradient norm was left out as too large; below a factor of 1, it is not the factor."""
+        """Whether a step of this gradient norm was left out as too large; below 1, the factor is not to blame."""
         return self.is_enabled() and not math.isfinite(norm) and self.get_scale() >= 1
 
 

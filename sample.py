@@ -25,6 +25,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,7 +165,7 @@ def generate(config):
     if config.html and config.stream:
         raise UserError("--html and --stream: choose one; the page shows every step as well")
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device), weights_type(config))
-    rows = tokenizer.rows if of_clips else 1  # of tokens; a clip has k in each
+    rows = tokenizer.rows  # of tokens, 1 but for clips; each has k
     k, = token_counts([config.k * rows], gpt.config.length)
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
@@ -185,11 +186,9 @@ def generate(config):
     tokens = list(writing)[-1][:, :rows * ks[-1]]                                 # (n, k), of whole registers
     drawn = {k: sample(tokenizer, list(tokens[:, :rows * k]), config) for k in stops(config, ks)}  # (n, 3, [F,] H, W)
     columns, header = [drawn[k] for k in ks], [f"k={k}" for k in ks]
+    write_rows(out, columns, header)
     if of_clips:
-        write_clip_rows(out, list(zip(*columns)), header)
         tokens = tokens.unflatten(1, (-1, rows)).transpose(1, 2)                  # (n, T, k)
-    else:
-        write_rows(out, columns, header)
     write_page(config, f"New {'clips' if of_clips else 'images'}, token by token",
                titles(labels, captions, gpt, config.n), None, drawn, tokens, tokenizer)
 
@@ -251,15 +250,16 @@ def decode(config):
         header = [f"k={k}" if k else "all tokens" for k in config.ks]
         return write_rows(config.out, [sample(tokenizer, column, config) for column in columns], header)
     for k, column in zip(config.ks, columns):
-        generator = torch.Generator().manual_seed(config.seed)
-        for i, name in enumerate(names):  # the number keeps cats/1.png and dogs/1.png apart
-            stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:100]  # it may hold anything
-            path = os.path.join(config.out, f"{i:03d}_{stem}" + (f"_k{k:03d}.png" if k else ".png"))
-            if i % 64 == 0:
-                images = sample(tokenizer, column[i:i + 64], config, generator)   # (64, 3, H, W)
-            with replacing(path) as temporary:
-                to_image(images[i % 64]).save(temporary, format="PNG")
+        for i, image in enumerate(sample(tokenizer, column, config)):             # (3, H, W) each
+            with replacing(os.path.join(config.out, file_name(i, names[i], k, ".png"))) as temporary:
+                to_image(image).save(temporary, format="PNG")
     print(f"wrote {len(names) * len(columns)} images to {config.out}")
+
+
+def file_name(i, name, k, ending):
+    """Of image or clip i, called `name`, from k tokens (0: all). The number keeps cats/1.png and dogs/1.png apart."""
+    stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:100]  # a name may hold anything
+    return f"{i:03d}_{stem}" + (f"_k{k:03d}" if k else "") + ending
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def reconstruct_clips(config):
         rebuilt[k] = [sample_clips(tokenizer, [rows[:, :k]], config)[0].cpu() for rows in tokens]  # n x (3, F, H, W)
         decibels = [psnr(clip[None], video[None]).item() for clip, video in zip(rebuilt[k], videos)]
         print(f"k = {k:3d}: {sum(decibels) / len(decibels):.2f} dB")
-    write_clip_rows(out, list(zip(videos, *(rebuilt[k] for k in ks))), ["original", *(f"k={k}" for k in ks)])
+    write_rows(out, [videos, *(rebuilt[k] for k in ks)], ["original", *(f"k={k}" for k in ks)])
     write_page(config, "Clips from their first tokens", names, videos, rebuilt, tokens, tokenizer)
 
 
@@ -323,14 +323,12 @@ def decode_clips(config):
     names, tokens = read_clip_tokens(config.paths[0], tokenizer)                  # B names, B x (t_i, k_i)
     token_counts(config.ks, min(x.shape[1] for x in tokens))
     if out.endswith((".webp", ".gif")):
-        rows = [[sample_clips(tokenizer, [x[:, :k or None]], config)[0].cpu() for k in config.ks] for x in tokens]
-        return write_clip_rows(out, rows, [f"k={k}" if k else "all tokens" for k in config.ks])
+        columns = [[sample_clips(tokenizer, [x[:, :k or None]], config)[0].cpu() for x in tokens] for k in config.ks]
+        return write_rows(out, columns, [f"k={k}" if k else "all tokens" for k in config.ks])
     if out.endswith(".mp4") and len(tokens) * len(config.ks) > 1:
         raise UserError(f"--out {out}: expected one clip and one k; give a folder for more")
     for (i, name), k in itertools.product(enumerate(names), config.ks):
-        stem = re.sub(r"[^\w.-]", "_", os.path.splitext(os.path.basename(name))[0])[:100]
-        file = f"{i:03d}_{stem}" + (f"_k{k:03d}.webp" if k else ".webp")
-        path = out if out.endswith(".mp4") else os.path.join(out, file)
+        path = out if out.endswith(".mp4") else os.path.join(out, file_name(i, name, k, ".webp"))
         parts = clip_windows(tokenizer, [tokens[i][:, :k or None]], config)
         write_clip(path, (frame for part in parts for frame in part[0].unbind(1)))
     print(f"wrote {len(tokens) * len(config.ks)} clips to {out}")
@@ -338,9 +336,7 @@ def decode_clips(config):
 
 def clip_windows(tokenizer, tokens, config):
     """List of tokens (t, k) -> windows of the clips (B, 3, ., H, W) in turn, by the command line's settings."""
-    scale, dtype = config.guidance_scale or tokenizer.recommended_guidance, weights_type(config)
-    generator = torch.Generator().manual_seed(config.seed)
-    with torch.autocast(pick_device(config.device).type, dtype, enabled=dtype != torch.float32):
+    with sampling(tokenizer, config) as (scale, generator):
         for window in tokenizer.detokenize_windows(tokens, config.timesteps, scale, generator=generator):
             yield window.float()
 
@@ -350,12 +346,6 @@ def sample_clips(tokenizer, tokens, config):
     return torch.cat(list(clip_windows(tokenizer, tokens, config)), 2)            # (B, 3, F, H, W)
 
 
-def write_clip_rows(path, rows, header):
-    """Write rows of clips (3, F_i, H, W) as one animation."""
-    save_clip_grid(path, rows, header)
-    print(f"wrote {path}")
-
-
 def read_clip_tokens(path, tokenizer):
     """A .json file -> names, list of int64 tensors (t_i, k_i). Raises UserError naming the file and the fault."""
     K, V, content = tokenizer.config.registers, tokenizer.quantizer.vocab_size, read_json(path)
@@ -363,14 +353,13 @@ def read_clip_tokens(path, tokenizer):
         clips = [(str(clip["name"]), [list(row) for row in clip["tokens"]]) for clip in content["clips"]]
     except (KeyError, TypeError):
         raise UserError(f'{path}: expected {{"clips": [{{"name": ..., "tokens": [[...], ...]}}, ...]}}') from None
+    check_vocabulary(path, content, V)
     if not clips:
         raise UserError(f"{path}: expected at least one clip")
     for name, rows in clips:
         if not rows or not 1 <= len(rows[0]) <= K or any(len(row) != len(rows[0]) for row in rows):
             raise UserError(f"{path}: clip {shown(name)}: expected rows of equally many tokens, 1 to {K}")
-        for token in itertools.chain(*rows):
-            if type(token) is not int or not 0 <= token < V:
-                raise UserError(f"{path}: clip {shown(name)} has the token {shown(token)}, expected 0 to {V - 1}")
+        check_tokens(f"{path}: clip {shown(name)}", itertools.chain(*rows), V)
         try:
             windows(len(rows), rows_of(tokenizer.config.frames), rows_of(tokenizer.config.overlap), "rows of tokens")
         except ValueError as error:
@@ -443,15 +432,21 @@ def weights_type(config):
     return torch.bfloat16 if automatic else HALF.get(config.precision, torch.float32)
 
 
-def sample(tokenizer, tokens, config, generator=None):
-    """List of tokens -> images (B, 3, H, W), by the command line's settings; noise of `generator`, or of --seed."""
-    scale, dtype = config.guidance_scale or tokenizer.recommended_guidance, weights_type(config)
+@contextmanager
+def sampling(tokenizer, config):
+    """Decode in here, by the command line's settings: yields the guidance scale and the generator of the noise."""
+    dtype = weights_type(config)
     # The decoder runs twice a step: with its weights in 16 bits, none of them is cast there again. Encoder and VAE run
     # once and stay float32, so that tokens are those of `encode`; so does the table of positions.
     for p in tokenizer.decoder.parameters():
         p.data = p.data.to(dtype)
-    generator = generator or torch.Generator().manual_seed(config.seed)
     with torch.autocast(pick_device(config.device).type, dtype, enabled=dtype != torch.float32):
+        yield config.guidance_scale or tokenizer.recommended_guidance, torch.Generator().manual_seed(config.seed)
+
+
+def sample(tokenizer, tokens, config):
+    """List of tokens -> images (B, 3, H, W), of clips' `ClipSequences` (B, 3, F, H, W)."""
+    with sampling(tokenizer, config) as (scale, generator):
         return draw(tokenizer, tokens, config.timesteps, scale, generator).float()  # (B, 3, H, W)
 
 
@@ -530,17 +525,27 @@ def read_tokens(path, tokenizer):
             rows = [list(image["tokens"]) for image in content["images"]]
         except (KeyError, TypeError):
             raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}') from None
-        if content.get("vocab_size", V) != V:
-            raise UserError(f"{path}: tokens out of {shown(content['vocab_size'])}, but this tokenizer has {V}")
+        check_vocabulary(path, content, V)
     if not rows:
         raise UserError(f"{path}: expected at least one image")
     for name, row in zip(names, rows):
         if not 1 <= len(row) <= K:
             raise UserError(f"{path}: image {shown(name)} has {len(row)} tokens, expected 1 to {K}")
-        for token in row:
-            if type(token) is not int or not 0 <= token < V:
-                raise UserError(f"{path}: image {shown(name)} has the token {shown(token)}, expected 0 to {V - 1}")
+        check_tokens(f"{path}: image {shown(name)}", row, V)
     return names, [torch.tensor(row) for row in rows]
+
+
+def check_vocabulary(path, content, V):
+    """Raise `UserError` if a .json file of tokens says that they are of another vocabulary than V."""
+    if content.get("vocab_size", V) != V:
+        raise UserError(f"{path}: tokens out of {shown(content['vocab_size'])}, but this tokenizer has {V}")
+
+
+def check_tokens(where, tokens, V):
+    """Raise `UserError` if one of `tokens` is no integer from 0 to V - 1."""
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < V:
+            raise UserError(f"{where} has the token {shown(token)}, expected 0 to {V - 1}")
 
 
 def read_array(path):
@@ -558,8 +563,8 @@ def read_array(path):
 
 
 def write_rows(path, columns, header):
-    """Columns (B, 3, H, W) each -> a PNG with one row per image."""
-    save_grid(path, list(zip(*columns)), header)
+    """Columns of B images (3, H, W) -> a PNG with a row per image; of clips (3, F_i, H, W) -> one animation."""
+    (save_clip_grid if columns[0][0].dim() == 4 else save_grid)(path, list(zip(*columns)), header)
     print(f"wrote {path}")
 
 

@@ -80,8 +80,8 @@ class CaptionEncoder(nn.Module):
         """List of B strings -> ids (B, M, P) int64, mask (B, M), True where real; M: words of the longest, and its END.
 
         A word is what lies between spaces and commas; how many there are, and capitals, make no difference, nor do
-        quotation marks around the caption and a full stop at its end. multiple: M is rounded up to one of it, for those
-        who want few different shapes.
+        quotation marks around the caption and a full stop at its end. multiple: M is rounded up to a multiple of
+        it, which makes fewer shapes to compile for.
         """
         rows = []
         for caption in captions:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
 from common import (UserError, attention_kernel, autocast, check_range, command, compile_blocks, from_cli, generator,
-                    init_distributed, seed_step, shipped)
+                    init_distributed, shipped)
 from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import draw_curves, save_grid, to_float
@@ -44,7 +44,7 @@ class ARConfig:
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
     views: int = 10                      # augmented versions of each image; of the drawn shapes, that many more scenes
-    augment: bool = True                 # move, scale and tint; without, a small set is learned by heart
+    augment: bool = True                 # train on moved, scaled, tinted views; --no-augment: as they are
     out: str = "out/prior"               # the run's directory
     init: str = ""                       # a trained prior of these sizes to go on from; empty: random weights
     workers: int = 0                     # processes that load tokens, per GPU
@@ -234,7 +234,7 @@ def cache_tokens(images, views, config, tokenizer, run):
                     np.uint16 if tokenizer.quantizer.vocab_size <= 2**16 else np.uint32, made_by, run, config.seed,
                     labels=labels, captions=captions)
     cached.fill(lambda part, row: torch.cat(tokenizer.tokenize(to_float(part.to(run.device)))).cpu().numpy(),
-                "stage 1 of 2, tokens:", seconds_to_come(config, run, tokenizer, len(images.classes)))
+                "part 1 of 2, tokens:", lambda: seconds_to_come(config, run, tokenizer, len(images.classes)))
     most = np.load(path, mmap_mode="r").max()
     if most >= tokenizer.quantizer.vocab_size:
         raise UserError(f"{path}: damaged, it holds the token {most}; delete it and {path}.json")
@@ -363,7 +363,7 @@ def train(config, run, checkpoints, tokenizer, images):
             tokenizer=tokenizer.fingerprint(), **provenance(run))
 
     start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log = Log(config.out, run, start, "stage 2 of 2, prior:", config.steps)
+    log = Log(config.out, run, start, "part 2 of 2, prior:", config.steps)
     means = Means(1 + len(GROUPS), run)
 
     def learn(_, *tensors):
@@ -378,17 +378,16 @@ def train(config, run, checkpoints, tokenizer, images):
             f"batch {config.batch_size} = {run.world} processes x {b // micro} micro-batches x {micro}; "
             f"steps {start} to {config.steps}")
 
-    def record():
+    def report():
         loss, *of_groups = means.take()
-        return dict(loss=loss, loss_by_position=of_groups)
-    steps = checkpoints.steps(log, record, lambda: ema.module if run.is_main else None,
+        return dict(loss=loss, loss_by_position=of_groups, grad_norm=norm)
+    steps = checkpoints.steps(log, report, lambda: ema.module if run.is_main else None,
                               lambda averaged, step: evaluate(averaged, tokenizer, held_out, config, step))
 
     # ---- loop -------------------------------------------------------------------------------------------------
     for step, lr in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        seed_step(config.seed, step, run)
         tokens, labels, indices = next(stream)                                    # (b, K), (b,), (b,)
         tokens = tokens[:, :T].to(run.device, non_blocking=True)                  # (b, T)
         if step == 0 and run.is_main:
@@ -403,7 +402,7 @@ def train(config, run, checkpoints, tokenizer, images):
             given = (x if x is None else x[part] for x in (tokens, labels, *words))
             means.add(*by_position(learn(None, *given)))
         scaler.unscale_(optimizer)
-        checkpoints.grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
@@ -420,7 +419,7 @@ def open_trained(config, run):
         script = "train_video.py" if made_by == ["video-cpu"] else "train_tokenizer.py"
         raise UserError(f"--tokenizer {name}: is not there yet; run {script} --preset {made_by[0]} first")
     tokenizer = open_tokenizer(name, run.device)
-    K, rows = tokenizer.config.registers, getattr(tokenizer, "rows", 1)  # of clips at least a token a row
+    K, rows = tokenizer.config.registers, tokenizer.rows  # of clips at least a token a row
     if config.length > K or 0 < config.length < rows:
         raise UserError(f"--length {config.length}: {config.tokenizer} has {rows} to {K} tokens per image")
     if len(set(tokenizer.image_size)) > 1:

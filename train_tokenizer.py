@@ -110,7 +110,7 @@ PRESETS = {
     "cpu": dict(          # a CPU core, 15 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.25,
-        steps=5000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2500, eval_guidance=2.5),
+        steps=5500, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2750, eval_guidance=2.5),
     "emoji64-cpu": dict(  # two CPU cores, an hour and a half with its VAE: emoji at 64 px, 64 tokens of 10 bits
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=2,
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.25,
@@ -139,8 +139,8 @@ def training_loss(model, latents, noise, t, k_keep, room):
     """How wrong the velocity is, for each sample (b,): the whole method in five lines.                (paper Sec. 3.1)
 
     latents: images as the VAE sees them, and noise: both (b, C, h, w). t (b,) in [0, 1]: how much noise is mixed in.
-    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room, b numbers, says which
-    samples of about equal k may go through together (`sample_k`).
+    k_keep (b,) int64: how many tokens each sample keeps; with 0 it has no condition. room, b numbers: the most
+    that each can keep; samples of equal room go through together, as one group (`sample_k`).
     """
     x_t = flow.interpolate(latents, noise, t)                                     # (b, C, h, w)
     # Encoder, quantiser, the first k_keep tokens, decoder. Each sample has a k of its own: then every step teaches what
@@ -189,13 +189,10 @@ def sample_t(config, B, generator, device):
         raise UserError(f"--t_mean {config.t_mean}: --t_sampler {config.t_sampler} has none; only logit_normal has")
     if config.t_sampler == "logit_normal":
         return flow.t_logit_normal(B, config.t_mean, generator=generator, device=device)
-    if config.t_sampler == "stratified":
-        return flow.t_stratified_logit_normal(B, generator=generator, device=device)
-    if config.t_sampler == "uniform":
-        return flow.t_uniform(B, generator=generator, device=device)
-    if config.t_sampler == "mode":
-        return flow.t_mode(B, generator=generator, device=device)
-    raise UserError(f"--t_sampler {config.t_sampler}: expected logit_normal, stratified, uniform or mode")
+    others = {"stratified": flow.t_stratified_logit_normal, "uniform": flow.t_uniform, "mode": flow.t_mode}
+    if config.t_sampler not in others:
+        raise UserError(f"--t_sampler {config.t_sampler}: expected logit_normal, stratified, uniform or mode")
+    return others[config.t_sampler](B, generator=generator, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,11 +227,11 @@ def go_on_from(directory, tokenizer):
     tokenizer.load_state_dict(trained.state_dict())
 
 
-def train_vae(config, run, stage, later=lambda vae: 0.0, **settings):
+def train_vae(config, run, part, later=lambda vae: 0.0, **settings):
     """Train the VAE of --vae_preset, but for `settings`, into <out>/vae, or what is left of it.
 
-    Returns the directory, or "" if it was stopped. stage: what the log calls it. later(vae): the seconds that the
-    stages after it will take.
+    Returns the directory, or "" if it was stopped. part: what the log calls it. later(vae): the seconds that the
+    parts after it will take.
     """
     out = os.path.join(config.out, "vae")
     settings = stage0.VAETrainConfig(**{
@@ -244,10 +241,10 @@ def train_vae(config, run, stage, later=lambda vae: 0.0, **settings):
     saved = read_saved(out)
     if saved.get("step") == settings.steps and "held_out_psnr" in saved["metrics"]:
         return out
-    done = stage0.main(settings, stage, later(VAE(stage0.vae_config_of(settings))))
+    done = stage0.main(settings, part, later(VAE(stage0.vae_config_of(settings))))
     barrier(run)  # the main process writes, all read
     if not done and run.is_main:
-        print("stopped within stage 1, the VAE; give the same command again to go on", flush=True)
+        print("stopped within part 1, the VAE; give the same command again to go on", flush=True)
     return out if done else ""
 
 
@@ -286,7 +283,7 @@ def cache_latents(dataset, vae, config, run):
 
     def make(images, row):
         return encode(vae, images.to(run.device), config, Run(run.device), -1 - row).cpu().numpy()
-    cached.fill(make, stage_of(config, 1 + (not config.vae), "latents"), seconds_to_come(config, run, vae)[1])
+    cached.fill(make, part_of(config, 1 + (not config.vae), "latents"), lambda: seconds_to_come(config, run, vae)[1])
     return cached
 
 
@@ -352,10 +349,10 @@ def draw_inputs(vae, latents, config):
         save_grid(os.path.join(config.out, "inputs.png"), vae.decode(latents[:32]).clamp(-1, 1).split(8))
 
 
-def stage_of(config, stage, what):
-    """What the log calls a stage: the VAE is trained unless --vae names one, its latents are made if they are kept."""
-    stages = 1 + (not config.vae) + (config.cache_latents > 0)
-    return f"stage {stage or stages} of {stages}, {what}:" if stages > 1 else ""
+def part_of(config, part, what):
+    """What the log calls a part of the command: --vae leaves out the VAE's training, --cache_latents 0 its latents."""
+    parts = 1 + (not config.vae) + (config.cache_latents > 0)
+    return f"part {part or parts} of {parts}, {what}:" if parts > 1 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -380,7 +377,7 @@ def train(config, run, checkpoints, dataset):
     # ---- data -------------------------------------------------------------------------------------------------
     b = config.batch_size // run.world  # images of this process per step
     micro = config.micro_batch or b     # images of one forward pass
-    vae_directory = config.vae or train_vae(config, run, stage_of(config, 1, "VAE"), data=config.data,
+    vae_directory = config.vae or train_vae(config, run, part_of(config, 1, "VAE"), data=config.data,
                                             later=lambda vae: seconds_after_vae(config, run, vae, len(dataset)))
     if not vae_directory:
         return {}
@@ -418,7 +415,7 @@ def train(config, run, checkpoints, dataset):
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
     start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log = Log(config.out, run, start, stage_of(config, 0, "tokenizer"), config.steps)
+    log = Log(config.out, run, start, part_of(config, 0, "tokenizer"), config.steps)
     means = Means(6, run)
 
     def learn(room, latents, noise, t, k_keep):
@@ -432,10 +429,10 @@ def train(config, run, checkpoints, dataset):
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size} = "
             f"{run.world} processes x {b // micro} micro-batches x {micro}; steps {start} to {config.steps}")
 
-    def record():
+    def report():
         *by_quarter, pure, loss = means.take()
-        return dict(loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure)
-    steps = checkpoints.steps(log, record, lambda: whole_average(ema, config, run),
+        return dict(loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure, grad_norm=norm)
+    steps = checkpoints.steps(log, report, lambda: whole_average(ema, config, run),
                               lambda averaged, step: evaluate(averaged, eval_images, config, step))
 
     # ---- loop -------------------------------------------------------------------------------------------------
@@ -455,7 +452,7 @@ def train(config, run, checkpoints, dataset):
             loss = learn(room[part], latents[part], noise[part], t[part], k_keep[part])  # (micro,)
             means.add(*by_t(loss, t[part], k_keep[part] == 0))
         scaler.unscale_(optimizer)
-        checkpoints.grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
@@ -466,13 +463,9 @@ def train(config, run, checkpoints, dataset):
 def check(config, run):
     """Raise UserError for settings that cannot work, before anything is trained or written."""
     check_run(config, run)
-    check_range(config, 1, math.inf, "image_size", "patch_size", "enc_depth", "dec_depth", "head_dim", "registers",
-                "eval_images", "eval_timesteps")
-    check_range(config, 0, math.inf, "cache_latents", "micro_batch", "enc_width", "dec_width", "position_std",
-                "code_std", "head_std", "weight_decay", "eval_guidance")
-    check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
-                "beta2")
-    check_range(config, -20, 20, "t_mean")
+    check_range(config, 1, math.inf, "eval_images")
+    check_range(config, 0, math.inf, "micro_batch")
+    check_method(config)
     if config.shard:
         if run.world == 1:
             raise UserError("--shard: splits the model over several processes, and this is the only one; use torchrun")
@@ -482,9 +475,6 @@ def check(config, run):
             raise UserError("--shard: goes neither with --compile nor with --precision fp16")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
-    if not config.vae and config.vae_preset not in stage0.PRESETS:
-        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
-    sample_t(config, 1, None, None)
     try:
         sample_k(1, config.registers, config.nested_dropout)
         make_quantizer(TokenizerConfig(levels=tuple(config.levels)))
@@ -493,6 +483,20 @@ def check(config, run):
                 Attention(width or 64 * depth, config.head_dim)
     except ValueError as error:
         raise UserError(f"these settings do not make a model: {error}") from None
+
+
+def check_method(config):
+    """Raise UserError for settings that tokenizers of images and of clips share, and that cannot work."""
+    check_range(config, 1, math.inf, "image_size", "patch_size", "enc_depth", "dec_depth", "head_dim", "registers",
+                "eval_timesteps")
+    check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "position_std", "code_std", "head_std",
+                "weight_decay", "eval_guidance")
+    check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
+                "beta2")
+    check_range(config, -20, 20, "t_mean")
+    if not config.vae and config.vae_preset not in stage0.PRESETS:
+        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
+    sample_t(config, 1, None, None)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from evaluate import reconstruction
 from images import draw_curves, to_float
 from model import sample_k
 from runs import Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded
-from train_tokenizer import SHORT, by_t, draw_noise, sample_t, stage_of, train_vae
+from train_tokenizer import SHORT, by_t, check_method, draw_noise, part_of, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
 from vidtok import FrameVAE, make_vae
@@ -196,8 +196,8 @@ def cache_latents(dataset, tokenizer, config, run):
                "image_size": config.image_size, "frames": config.frames}
     cached = Cached(os.path.join(config.out, "latents.npy"), dataset, config.cache_latents,
                     (tokenizer.vae.latent_channels, T, h, w), np.float16, made_by, run, config.seed)
-    cached.fill(lambda clips, row: encode(tokenizer, clips, run).cpu().numpy(), stage_of(config, 1 + (not config.vae),
-                                                                                         "latents"))
+    cached.fill(lambda clips, row: encode(tokenizer, clips, run).cpu().numpy(),
+                part_of(config, 1 + (not config.vae), "latents"))
     return cached
 
 
@@ -229,7 +229,7 @@ def train(config, run, checkpoints):
                          for split in ("train", "held_out"))
     eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
 
-    vae_directory = config.vae or train_vae(config, run, stage_of(config, 1, "VAE"))
+    vae_directory = config.vae or train_vae(config, run, part_of(config, 1, "VAE"))
     if not vae_directory:
         return {}
     vae = open_vae(vae_directory)
@@ -258,7 +258,7 @@ def train(config, run, checkpoints):
             sampling={"guidance_scale": config.eval_guidance}, **provenance(run))
 
     start = checkpoints.restore({"model": raw, "ema": ema, "optimizer": optimizer, "scaler": scaler}, export)
-    log, means = Log(config.out, run, start, stage_of(config, 0, "tokenizer"), config.steps), Means(6, run)
+    log, means = Log(config.out, run, start, part_of(config, 0, "tokenizer"), config.steps), Means(6, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     log.say(f"{sum(p.numel() for p in trainable):,} parameters on {run.device}; batch {config.batch_size}; steps "
             f"{start} to {config.steps}, stage 2 from {round((1 - config.stage_2) * config.steps)} on")
@@ -271,14 +271,14 @@ def train(config, run, checkpoints):
         return loss.detach()
     learn = recorded(learn, config, run)
 
-    def record():
+    def report():
         *by_quarter, pure, loss = means.take()
-        return dict(loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure)
+        return dict(loss=loss, loss_by_t=by_quarter, loss_pure_noise=pure, grad_norm=norm)
 
     def measure(averaged, step):
         enter_stage(averaged, in_stage_2(config, step - 1))
         return evaluate(averaged, eval_clips, config, step)
-    steps = checkpoints.steps(log, record, lambda: ema.module, measure)
+    steps = checkpoints.steps(log, report, lambda: ema.module, measure)
 
     # ---- loop -------------------------------------------------------------------------------------------------
     for step, lr in steps:
@@ -293,7 +293,7 @@ def train(config, run, checkpoints):
         loss = learn((in_stage_2(config, step), room), latents, noise, t, k_keep, prefix)  # (b,)
         means.add(*by_t(loss, t, k_keep == 0))
         scaler.unscale_(optimizer)
-        checkpoints.grad_norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not isinstance(learn, Recorded))
@@ -306,25 +306,17 @@ def check(config, run):
     check_run(config, run)
     if run.world > 1:
         raise UserError(f"{run.world} processes: train_video.py runs in one")
-    check_range(config, 1, math.inf, "image_size", "frames", "patch_size", "enc_depth", "dec_depth", "head_dim",
-                "registers", "eval_clips", "eval_timesteps")
+    check_range(config, 1, math.inf, "frames", "eval_clips")
+    check_range(config, 0, math.inf, "patch_position_std")
+    check_range(config, 0, 1, "stage_2", "first_frame_p")
+    check_method(config)
     open_clips(config.data, config.image_size, frames=config.frames)
-    if not config.vae and config.vae_preset not in stage0.PRESETS:
-        raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
-    sizes = stage0.vae_config_of(stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))
-    check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "patch_position_std", "position_std",
-                "code_std", "head_std", "weight_decay", "eval_guidance")
-    check_range(config, 0, 1, "stage_2", "first_frame_p", "drop_quant_p", "corrupt_tokens_p", "null_p",
-                "pure_noise_share", "autoencoder_share", "beta2")
-    check_range(config, -20, 20, "t_mean")
-    sample_t(config, 1, None, None)
     try:
         sample_k(1, config.registers, config.nested_dropout)
+        vae = open_vae(config.vae) if config.vae else None
         with torch.device("meta"):
-            vae = make_vae(sizes)
-        vae = open_vae(config.vae) if config.vae else vae
-        with torch.device("meta"):
-            build_tokenizer(config, vae)
+            build_tokenizer(config, vae or make_vae(stage0.vae_config_of(
+                stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))))
     except ValueError as error:
         raise UserError(f"these settings do not make a model: {error}") from None
 

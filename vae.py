@@ -53,7 +53,7 @@ class VAEConfig:
 
 
 def norm_silu(norm, x):
-    """SiLU(norm(x)), over the norm's result where no gradient will ask for that: one feature map less at the peak."""
+    """SiLU(norm(x)); without gradients in place, which saves one feature map of memory."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -505,20 +505,20 @@ def vae_config_of(config):
     return config_from_diffusers(sizes | {"scaling_factor": 1.0}, "these settings")
 
 
-def main(config, stage="", later=0.0):
+def main(config, part="", later=0.0):
     """Train a VAE; returns the last evaluation's metrics, or {} if it was stopped (Ctrl-C, SIGTERM), after saving.
 
-    stage, later: see `Log`, if this is part of train_tokenizer.py. Raises `UserError` for settings that cannot work.
+    part, later: see `Log`, if this is part of train_tokenizer.py. Raises `UserError` for settings that cannot work.
     """
     run = init_distributed(config.device)
     check(config, run)
     # before anything is written: it may not be there
     dataset = open_data(config.data, config.image_size, "train", augment=config.augment, seed=config.seed)
     with Checkpoints(config, RUN_FIELDS, run) as checkpoints:
-        return train(config, run, checkpoints, dataset, stage, later)
+        return train(config, run, checkpoints, dataset, part, later)
 
 
-def train(config, run, checkpoints, dataset, stage, later):
+def train(config, run, checkpoints, dataset, part, later):
     """The run itself; see `main`."""
     # ---- data -------------------------------------------------------------------------------------------------
     held_out = spread(open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed), 256)
@@ -558,7 +558,7 @@ def train(config, run, checkpoints, dataset, stage, later):
 
     start = checkpoints.restore({"model": vae, "critic": critic, "ema": ema, "optimizer": optimizer,
                                  "critic_optimizer": critic_optimizer, "scaler": scaler}, export)
-    log, means = Log(config.out, run, start, stage, config.steps, later), Means(5, run)
+    log, means = Log(config.out, run, start, part, config.steps, later), Means(5, run)
     stream = batches(dataset, config.batch_size, config.seed, run, start, config.workers)
     side, C = config.image_size // vae.downsampling, config.latent_channels
     log.say(f"{sum(p.numel() for p in vae.parameters()):,} parameters on {run.device}; {len(dataset):,} images of "
@@ -583,11 +583,11 @@ def train(config, run, checkpoints, dataset, stage, later):
         return torch.stack([l1, kl, psnr(reconstructions.detach(), images).mean(), critic_loss, -gan]).detach()
     learn, ones = recorded(learn, config, run), torch.ones(5, device=run.device)
 
-    def record():
+    def report():
         l1, kl, decibels, critic_loss, fooled = means.take()
         critics = {"critic": critic_loss, "critic_of_fakes": fooled} if config.gan_weight > 0 else {}
-        return dict(loss=l1 + config.kl_weight * kl, l1=l1, kl=kl, psnr=decibels, **critics)
-    steps = checkpoints.steps(log, record, lambda: ema.module if run.is_main else None,
+        return dict(loss=l1 + config.kl_weight * kl, l1=l1, kl=kl, psnr=decibels, **critics, grad_norm=norm)
+    steps = checkpoints.steps(log, report, lambda: ema.module if run.is_main else None,
                               lambda averaged, step: evaluate(averaged, held_out, config, step))
 
     # ---- loop -------------------------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def train(config, run, checkpoints, dataset, stage, later):
         adversarial = config.gan_weight > 0 and step >= config.gan_start
         means.add(learn(adversarial, images, noise[run.part(config.batch_size)]), ones)
         scaler.unscale_(optimizer)
-        checkpoints.grad_norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), config.grad_clip)
         for each in (optimizer, critic_optimizer) if adversarial else (optimizer,):
             scaler.step(each)
             each.zero_grad(set_to_none=not isinstance(learn, Recorded))

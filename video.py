@@ -32,55 +32,37 @@ import flow
 from common import (UserError, checked, digest_of, load_tensors, load_weights, read_json, save_tensors, shipped, shown,
                     write_json)
 from images import check_images
-from model import (AdaLNBlock, Block, TimeEmbed, counted_attention, in_groups, init_linear, make_quantizer, norm,
-                   patchify, powers_of_two, token_parameter, unpatchify)
+from model import (AdaLNBlock, Block, TimeEmbed, TokenizerConfig, counted_attention, in_groups, init_linear,
+                   make_quantizer, norm, patchify, token_parameter, unpatchify)
 from vae import VAEConfig
 from vidtok import VidTok, VidTokConfig, check_clip, make_vae
 
 
 @dataclass
-class VideoConfig:
-    """Sizes of encoder and decoder. The defaults are d18-d28 at 256 px, as released."""
-    latent_channels: int = 16
+class VideoConfig(TokenizerConfig):
+    """Sizes of encoder and decoder: those of images, and what clips add. The defaults are d18-d28 at 256 px."""
     frames: int = 17                  # of a window, 1 + 4·(T - 1)
     stride: int = 16                  # frames from the start of a window to the next: frames less 0, 1, 5, ... shared
-    grid: tuple = (16, 16)            # patches (rows, columns) of a training frame; other frame sizes work too
-    patch_size: int = 2               # latents per patch side; in time a patch is one latent frame
     enc_width: int = 1152
     enc_depth: int = 18
-    enc_head_dim: int = 64
     dec_width: int = 1792
     dec_depth: int = 28
-    dec_head_dim: int = 64
     dec_mask: str = "full"            # who sees whom in the decoder: full, or time_block_causal
-    registers: int = 256              # K, the most tokens a row can have
     enc_positions: int = 32           # M of the tables of positions: at least T, and the patches of either side;
     dec_positions: int = 32           # of the decoder's patches,
     code_positions: int = 256         # and of its registers: at least T and K
-    levels: tuple = (8, 8, 8, 5, 5, 5)
-    scale_codes: bool = False         # what feeds the quantiser has a mean square of 1; official: False
-    max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
-    drop_quant_p: float = 0.0         # see FSQ
-    corrupt_tokens_p: float = 0.0     # see FSQ
-    # As in TokenizerConfig, at initialisation only. Small models trained for minutes need larger ones: patches, whose
-    # positions are learned here, otherwise do not know for long where they are.
+    # At initialisation only. Small models trained for minutes need a larger one: patches, whose positions are learned
+    # here, otherwise do not know for long where they are.
     patch_position_std: float = 0.02  # of the three tables of positions of patches, in encoder and decoder
-    position_std: float = 0.02        # of the two of the decoder's registers
-    code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
-    head_std: float = 0.0             # of the encoder's last layer
 
     def __post_init__(self):
-        if len(self.grid) != 2:
-            raise ValueError(f"grid {self.grid}: expected (rows, columns)")
+        super().__post_init__()
         if self.dec_mask not in ("full", "time_block_causal"):
             raise ValueError(f"dec_mask {self.dec_mask!r}: expected full or time_block_causal")
         if self.frames % 4 != 1:
             raise ValueError(f"frames {self.frames}: expected 1 + 4n in a window")
         if self.overlap and (self.overlap % 4 != 1 or not 0 < self.overlap < self.frames):
             raise ValueError(f"stride {self.stride}: expected windows of {self.frames} to share 0 or 1 + 4n frames")
-        for name in ("drop_quant_p", "corrupt_tokens_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected a chance, 0 to 1")
 
     @property
     def overlap(self):
@@ -499,8 +481,8 @@ class VideoFlexTok(nn.Module):
             from extras.pretrained import read_videoflextok
             return read_videoflextok(name, device, dtype)
         kind, Sizes = ("frame_vae", VAEConfig) if "frame_vae" in saved else ("vidtok", VidTokConfig)
-        vae_config = checked_sizes(Sizes, saved.get(kind), f"{path}: {kind}")
-        config = checked_sizes(VideoConfig, saved.get("tokenizer"), f"{path}: tokenizer")
+        vae_config = checked(Sizes, saved.get(kind), f"{path}: {kind}")
+        config = checked(VideoConfig, saved.get("tokenizer"), f"{path}: tokenizer")
         model = unloaded_video(config, vae_config, path)
         Sampling = make_dataclass("Sampling", [("guidance_scale", float, 0.0)])
         checked(Sampling, saved.get("sampling", {}), f"{path}: sampling")
@@ -535,10 +517,6 @@ class ClipSequences:
         self.fingerprint, self.image_size = tokenizer.fingerprint, tokenizer.frame_size
         self.config = SimpleNamespace(registers=self.rows * tokenizer.config.registers, frames=tokenizer.config.frames)
 
-    def lengths(self, n):
-        """Of how many of n tokens clips are shown: T, 2·T, 4·T, ..., all whole ones."""
-        return [self.rows * k for k in powers_of_two(max(1, n // self.rows))]
-
     def tokenize(self, clips, k=None):
         """clips (B, 3, F, H, W) of one window -> list of B int64 tensors (1, k), k=None: (1, T·K)."""
         rows = torch.cat(self.tokenizer.tokenize(clips))                          # (B, T, K)
@@ -555,14 +533,6 @@ class ClipSequences:
                 raise ValueError(f"clip {i}: {len(clip)} tokens, expected at least {self.rows}, one for each row")
         rows = [clip[:len(clip) // self.rows * self.rows].view(-1, self.rows).T for clip in flat]  # B x (T, k_i)
         return self.tokenizer.detokenize(rows, *options, **named)
-
-
-def checked_sizes(Config, fields, where):
-    """`common.checked`, but what the dataclass itself refuses is a `UserError` too."""
-    try:
-        return checked(Config, fields, where)
-    except ValueError as error:
-        raise UserError(f"{where}: {str(error)[:150]}") from None
 
 
 def unloaded_video(config, vae_config, where):

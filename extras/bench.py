@@ -194,7 +194,7 @@ class Row:
     unit: str = "image"
 
 
-def build(config, device, vae_width, width=None):
+def build(config, device, vae_width):
     """A tokenizer of these sizes with random weights, none of them zero. A narrow VAE costs next to nothing."""
     if config.image_size % 16:
         raise UserError(f"--image_size {config.image_size}: expected a multiple of 16")
@@ -203,8 +203,8 @@ def build(config, device, vae_width, width=None):
     with device:
         tokenizer = FlexTok(
             TokenizerConfig(grid=(side, side), registers=config.registers, head_std=0.5,
-                            enc_width=width or 64 * config.enc_depth, enc_depth=config.enc_depth,
-                            dec_width=width or 64 * config.dec_depth, dec_depth=config.dec_depth),
+                            enc_width=64 * config.enc_depth, enc_depth=config.enc_depth,
+                            dec_width=64 * config.dec_depth, dec_depth=config.dec_depth),
             VAE(VAEConfig(block_out_channels=channels, norm_num_groups=min(32, vae_width))))
         open_gates(tokenizer.decoder)
     if config.compile:

@@ -26,16 +26,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from ar import GPT, CrossAttention, GPTConfig, Head, SelfAttention, SwiGLU, hidden_size, look_back, split_heads
-from common import (UserError, checked, command, from_cli, load_tensors, load_weights, open_header, read_json,
+from common import (UserError, checked, command, from_cli, load_tensors, load_weights, read_json,
                     replacing, save_tensors, shown, write_json)
 from extras.hub import find, hub_file, is_hub_name
 from fsq import FSQ
 from model import FlexTok, TokenizerConfig, fixed_tables, unloaded
 from vae import VAE, VAEConfig, config_from_diffusers, modern_names
-from video import VideoConfig, VideoFlexTok, checked_sizes, rows_of, unloaded_video
+from video import VideoConfig, VideoFlexTok, rows_of, unloaded_video
 from vidtok import VidTok, VidTokConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ WRAPPER = "SequentialModuleDictWrapper"
 OPTIONAL = ("dec_repa_unpacker", "dec_repa")  # the REPA branch: training only
 
 # Arguments that do not matter after training, that only name an entry or a place, and those that are read elsewhere: in
-# `class_of`, `follow_config` and `vae_config_of`
+# `class_of`, `follow_config` and `official_vae_config`
 FREE = set("""
     weight_init_style zero_init_out_proj zero_init_query_proj drop drop_path_rate use_act_checkpoint use_flex_attention
     max_seq_len pad_to_multiple compile_block_mask return_materialized_mask size_sampling_mode n_min n_eval
@@ -246,7 +247,7 @@ def follow_config(config, where):
     for part in config.keys() - {*PARTS, "_target_"}:
         raise UserError(f"{where}: unknown part {shown(part)[1:-1]}")
     L, n_eval = sizes.pop("L"), config["encoder"]["module_dict"][names["enc_register_module"]].get("n_eval")
-    found = checked_sizes(TokenizerConfig, {x: y for x, y in sizes.items() if not x.startswith("repa_")}, where)
+    found = checked(TokenizerConfig, {x: y for x, y in sizes.items() if not x.startswith("repa_")}, where)
     if len(found.levels) != L:
         raise UserError(f"{where}: levels {shown(found.levels)}, but the encoder's outputs are {shown(L)}")
     if n_eval not in (None, found.registers):
@@ -281,7 +282,7 @@ def follow_clip_config(config, where):
     if not isinstance(video, (list, tuple)) or [type(n) for n in video] != [int] * 3:
         raise UserError(f"{where}: vae_video_sizes {shown(video)}, expected [frames, height, width]")
     grid = tuple(n // p[1] for n in video[1:])
-    found = checked_sizes(VideoConfig, {**sizes, "patch_size": p[1], "frames": frames, "stride": frames - overlap,
+    found = checked(VideoConfig, {**sizes, "patch_size": p[1], "frames": frames, "stride": frames - overlap,
                                         "levels": levels, "grid": grid}, where)
     if len(found.levels) != L or type(T) is not int or T < rows_of(found.frames):
         raise UserError(f"{where}: {shown(L)} outputs for levels {shown(levels)}, t_max {shown(T)} for windows of "
@@ -604,7 +605,7 @@ def read_flextok(name, device="cpu", dtype=torch.float32):
         return FlexTok.from_pretrained(own_directory(path), device, dtype)
     sizes, names = follow_config(config, where)
     try:
-        tokenizer = unloaded(sizes, vae_config_of(config["vae"], sizes.latent_channels, where))
+        tokenizer = unloaded(sizes, official_vae_config(config["vae"], sizes.latent_channels, where))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{where}: does not describe a tokenizer ({shown(str(error))})") from None
     tokenizer.official = config
@@ -690,7 +691,7 @@ def is_official_video(name):
 def read_metadata(path):
     """The config in a safetensors file's metadata: every value is Python's text of it; unreadable, it stays text."""
     config = {}
-    for key, text in (open_header(path).metadata() or {}).items():
+    for key, text in (load_tensors(path, lambda path: safe_open(path, "pt")).metadata() or {}).items():
         config[key] = text
         if len(text) < 2**20 and max(map(text.count, "([{-")) < 10_000:
             try:
@@ -702,7 +703,7 @@ def read_metadata(path):
     return config
 
 
-def vae_config_of(wrapped, channels, where):
+def official_vae_config(wrapped, channels, where):
     """The `vae` part of an official config, which is in the file `where`, -> `VAEConfig`."""
     hub_path, scaling = wrapped.get("hf_hub_path"), wrapped.get("scaling_factor")
     values = {}  # without a path: the official sizes, which are VAEConfig's defaults
@@ -739,7 +740,7 @@ def vidtok_config(tensors, where):
     while block(0, layers) in tensors:
         layers += 1
     latents = shape_of(tensors, "vae.vidtok.encoder.conv_out.conv.weight", where)[0] // 2
-    return checked_sizes(VidTokConfig, {"channels": channels, "channel_mult": found, "layers_per_block": layers,
+    return checked(VidTokConfig, {"channels": channels, "channel_mult": found, "layers_per_block": layers,
                                         "latent_channels": latents}, where)
 
 
