@@ -4,7 +4,7 @@ Plumbing shared by all scripts; no machine learning in here. What only training 
     dataclass --from_cli--> config     torchrun or not --init_distributed--> Run(device, rank, world)
     (seed, step, "noise") --generator--> random numbers     safetensors, JSON --load_weights, read_json--> checked
 
-Sections: command line and errors; devices and torchrun; random numbers; files.
+Sections: command line and errors; devices and torchrun; learning rate, random numbers; files.
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
 import argparse
@@ -326,7 +326,15 @@ def compile_blocks(blocks, dynamic=True, **options):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Random numbers
+# Learning rate, random numbers
+
+
+def learning_rate(step, peak, warmup, steps, final=0.01):
+    """Linear warm-up to `peak` over `warmup` steps, then cosine to `final`·peak at `steps`. `step` counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))  # in [0, 1]
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def number_of(*key):

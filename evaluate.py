@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ar import GPT
-from common import Run, UserError, autocast, check_output, check_range, command, from_cli, nearest, pick_device
+from common import (Run, UserError, autocast, check_output, check_range, command, from_cli, learning_rate, nearest,
+                    pick_device)
 from data import (BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, PLACES, SPEEDS, Emoji, Shapes, open_clips, open_data, spread,
                   spread_rows)
 from images import psnr, save_grid, ssim, to_float
 from model import FlexTok, powers_of_two
-from runs import Means, learning_rate
+from runs import Means
 from video import ClipSequences, VideoFlexTok, is_video
 
 GROUPS = ((0, 1), (1, 8), (8, 64), (64, None))  # positions whose losses are reported apart: where are the bits?

@@ -6,7 +6,7 @@ What every training run does beside its algorithm: hand out steps, log, evaluate
          |-- every --eval_every steps   metrics of the averaged weights; resume.pt, model.safetensors, config.json
          `-- Ctrl-C, SIGTERM            the same at once, and --resume goes on bit for bit
 
-Here too: learning rate, averaged weights, 16 bits, a step as a CUDA graph, a model split over processes. Nothing here
+Here too: averaged weights, 16 bits, a step as a CUDA graph, a model split over processes. Nothing here
 knows what is trained. Nothing to run here. Next: train_tokenizer.py, to see it used.
 """
 import dataclasses
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel
 
-from common import (UserError, autocast, barrier, check_range, clock, locked, read_json, replacing, shown, sweep,
-                    writing)
+from common import (UserError, autocast, barrier, check_range, clock, learning_rate, locked, read_json, replacing, shown,
+                    sweep, writing)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -468,15 +468,7 @@ def seconds_of(work):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The step: learning rate, average, 16 bits, CUDA graphs
-
-
-def learning_rate(step, peak, warmup, steps, final=0.01):
-    """Linear warm-up to `peak` over `warmup` steps, then cosine to `final`·peak at `steps`. `step` counts from 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))  # in [0, 1]
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+# The step: average, 16 bits, CUDA graphs
 
 
 class Average(AveragedModel):
