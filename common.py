@@ -56,16 +56,22 @@ def clock(seconds):
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
+stop_signals = []  # those that a run has answered by saving (runs.StopRequest)
+
+
 def command(main, *args):
     """Run a script's `main(*args)`; what the user or the system can mend becomes one line on stderr and exit code 2.
 
     That is a `UserError`; a file or disk that the system refuses; a reader of the output who has gone away (`| head`).
-    Ctrl-C ends the program in one line as well, with code 130 as shells expect.
+    Ctrl-C ends the program in one line as well, with code 130 as shells expect; so does a run that a signal stopped,
+    and the second half of `train_tokenizer.py && train_ar.py` does not begin.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way to press Ctrl-C
     try:
         result = main(*args)
         sys.stdout.flush()  # a full disk or a closed pipe behind it shows here at the latest
+        if stop_signals and not result and not dist.is_initialized():  # torchrun has an exit code of its own
+            sys.exit(130)
         return result
     except UserError as error:
         problem, code = f"error: {error}", 2

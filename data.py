@@ -783,9 +783,11 @@ class Cached:
             state = read_json(self.state_path)
             made_by = state.get("made_by") if isinstance(state, dict) else None
             for name, value in self.made_by.items():
-                if not isinstance(made_by, dict) or made_by.get(name) != json.loads(json.dumps(value)):
-                    raise UserError(f"{self.path}: was made with another {name}; delete it and {self.state_path}, or "
-                                    f"name another file")
+                old = made_by.get(name) if isinstance(made_by, dict) else None
+                if old != json.loads(json.dumps(value)):
+                    both = "" if len(str(value)) > 40 else f" ({shown(old)}, not {value})"  # a digest tells nobody much
+                    raise UserError(f"{self.path}: was made with another {name}{both}; delete it and "
+                                    f"{self.state_path}, or name another --out")
             done, replaced = state.get("done"), state.get("replaced")
             pairs = isinstance(replaced, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in replaced)
             if not pairs or type(done) is not int or not 0 <= done <= self.shape[0] \

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel
 
 from common import (UserError, autocast, barrier, check_range, clock, learning_rate, locked, read_json, replacing, shown,
-                    sweep, writing)
+                    stop_signals, sweep, writing)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Checkpoints:
                     log.training(done, config.batch_size, **seen, lr=lr)
                 if stopping or due:
                     evaluate_and_save(done, due)
-                if stopping or due and stop.agreed(run):  # asked again: a signal may have come meanwhile
+                if stopping or (due and stop.agreed(run)):  # asked again: a signal may have come meanwhile
                     break
             self.wait()
             if stop.agreed(run):
@@ -260,6 +260,7 @@ class StopRequest:
 
     def _ask(self, number, frame):
         again, self.requested = self.requested, True
+        stop_signals.append(number)
         if not again:
             print("stopping after this step; once more to quit at once", file=sys.stderr, flush=True)
         if again or self.may_interrupt:

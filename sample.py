@@ -110,7 +110,7 @@ class Encode:
 @dataclass
 class Decode:
     """Turn a file of tokens back into images."""
-    paths: tuple = ()                 # one .json or .npy file, as written by encode
+    paths: tuple = ()                 # one .json or .npy file (of clips .json), as written by encode
     out: str = "out/decoded.png"      # a picture, a row per image and a column per k; or a folder, for single images
     ks: tuple = (0,)                  # keep only this many tokens; 0: all there are
     timesteps: int = 8                # steps of the flow sampler
@@ -353,7 +353,7 @@ def read_clip_tokens(path, tokenizer):
         clips = [(str(clip["name"]), [list(row) for row in clip["tokens"]]) for clip in content["clips"]]
     except (KeyError, TypeError):
         raise UserError(f'{path}: expected {{"clips": [{{"name": ..., "tokens": [[...], ...]}}, ...]}}') from None
-    check_vocabulary(path, content, V)
+    check_origin(path, content, V, K)
     if not clips:
         raise UserError(f"{path}: expected at least one clip")
     for name, rows in clips:
@@ -525,7 +525,7 @@ def read_tokens(path, tokenizer):
             rows = [list(image["tokens"]) for image in content["images"]]
         except (KeyError, TypeError):
             raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}') from None
-        check_vocabulary(path, content, V)
+        check_origin(path, content, V, K)
     if not rows:
         raise UserError(f"{path}: expected at least one image")
     for name, row in zip(names, rows):
@@ -535,10 +535,12 @@ def read_tokens(path, tokenizer):
     return names, [torch.tensor(row) for row in rows]
 
 
-def check_vocabulary(path, content, V):
-    """Raise `UserError` if a .json file of tokens says that they are of another vocabulary than V."""
-    if content.get("vocab_size", V) != V:
-        raise UserError(f"{path}: tokens out of {shown(content['vocab_size'])}, but this tokenizer has {V}")
+def check_origin(path, content, V, K):
+    """Raise `UserError` if a .json file of tokens says that they are of a tokenizer of other sizes than V and K."""
+    for name, mine in (("vocab_size", V), ("registers", K)):
+        if content.get(name, mine) != mine:
+            raise UserError(f"{path}: its tokens are of another tokenizer, whose {name} is {shown(content[name])}, not "
+                            f"{mine}")
 
 
 def check_tokens(where, tokens, V):

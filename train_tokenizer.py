@@ -4,7 +4,7 @@ Train a FlexTok tokenizer: encoder, quantiser and flow decoder together, on the 
     images --VAE (frozen)--> latents --Encoder, FSQ--> codes --the first k--> Decoder(x_t, t, codes[:k]) --> velocity
                              latents, noise, t -----> x_t                  loss = |velocity - (noise - latents)|²
 
-Paper: FlexTok, arXiv 2502.13967. Differences: no REPA loss yet, plain AdamW instead of muP, and some
+Paper: FlexTok, arXiv 2502.13967. Differences: no REPA loss, plain AdamW instead of muP, and some
 choices for runs of minutes (`SHORT` below), off in the paper's presets.
 
     python train_tokenizer.py --preset cpu                                       # a CPU core; trains its VAE first
@@ -244,7 +244,7 @@ def train_vae(config, run, part, later=lambda vae: 0.0, **settings):
     done = stage0.main(settings, part, later(VAE(stage0.vae_config_of(settings))))
     barrier(run)  # the main process writes, all read
     if not done and run.is_main:
-        print("stopped within part 1, the VAE; give the same command again to go on", flush=True)
+        print("stopped within part 1, the VAE; the same command, with or without --resume, goes on", flush=True)
     return out if done else ""
 
 
@@ -475,6 +475,8 @@ def check(config, run):
             raise UserError("--shard: goes neither with --compile nor with --precision fp16")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
+    if config.vae:
+        VAE.from_pretrained(config.vae)
     try:
         sample_k(1, config.registers, config.nested_dropout)
         make_quantizer(TokenizerConfig(levels=tuple(config.levels)))
@@ -494,7 +496,7 @@ def check_method(config):
     check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
                 "beta2")
     check_range(config, -20, 20, "t_mean")
-    if not config.vae and config.vae_preset not in stage0.PRESETS:
+    if config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")
     sample_t(config, 1, None, None)
 

@@ -33,7 +33,8 @@ from data import Cached, batches, open_clips, spread
 from evaluate import reconstruction
 from images import draw_curves, to_float
 from model import sample_k
-from runs import Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded
+from runs import (Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance,
+                  recorded, seconds_of)
 from train_tokenizer import SHORT, by_t, check_method, draw_noise, part_of, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
@@ -48,7 +49,7 @@ class VideoTrainConfig:
     image_size: int = 32             # side of a frame in pixels
     frames: int = 17                 # of a window, 1 + 4n
     vae: str = ""                    # directory of an image VAE, or of a video tokenizer for its VAE; empty: train one
-    vae_preset: str = "shapes32"     # which preset of vae.py to train, on drawn images, if --vae is empty
+    vae_preset: str = "shapes32"     # which preset of vae.py to train, always on drawn shapes, if --vae is empty
     cache_latents: int = 0           # keep the latents of so many windows of each clip; 0: encode clips in every step
     out: str = "out/video"           # the run's directory
     workers: int = 0                 # processes that draw clips
@@ -197,8 +198,24 @@ def cache_latents(dataset, tokenizer, config, run):
     cached = Cached(os.path.join(config.out, "latents.npy"), dataset, config.cache_latents,
                     (tokenizer.vae.latent_channels, T, h, w), np.float16, made_by, run, config.seed)
     cached.fill(lambda clips, row: encode(tokenizer, clips, run).cpu().numpy(),
-                part_of(config, 1 + (not config.vae), "latents"))
+                part_of(config, 1 + (not config.vae), "latents"),
+                lambda: seconds_to_come(config, run, tokenizer.vae)[1])
     return cached
+
+
+def seconds_to_come(config, run, vae):
+    """About how long `vae` takes for a clip, and the tokenizer for all its steps: timed with random weights."""
+    tokenizer, B, side = build_tokenizer(config, vae).to(run.device), config.batch_size, config.image_size
+    clips = torch.zeros(B, 3, config.frames, side, side, dtype=torch.uint8)
+    latents = encode(tokenizer, clips, run)                                       # (B, C, T, h, w)
+
+    def step():
+        noise, t, k_keep, room = draw_noise(config, config.steps, latents, run)
+        with autocast(run.device, config.precision), attention_kernel(run.device):
+            loss = training_loss(tokenizer, latents, noise, t, k_keep, room, torch.zeros_like(k_keep)).mean()
+        loss.backward()
+        return loss.detach()
+    return seconds_of(lambda: encode(tokenizer, clips, run).sum()) / B, config.steps * seconds_of(step)
 
 
 def encode(tokenizer, clips, run):
@@ -229,7 +246,11 @@ def train(config, run, checkpoints):
                          for split in ("train", "held_out"))
     eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
 
-    vae_directory = config.vae or train_vae(config, run, part_of(config, 1, "VAE"))
+    def seconds_after_vae(vae):
+        a_clip, the_training = seconds_to_come(config, run, FrameVAE(vae))
+        encoded = config.cache_latents * len(dataset) or config.steps * config.batch_size
+        return a_clip * encoded + the_training
+    vae_directory = config.vae or train_vae(config, run, part_of(config, 1, "VAE"), seconds_after_vae)
     if not vae_directory:
         return {}
     vae = open_vae(vae_directory)
