@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel
 
-from common import (UserError, autocast, barrier, check_range, clock, learning_rate, locked, read_json, replacing, shown,
-                    stop_signals, sweep, writing)
+from common import (UserError, autocast, barrier, check_range, clock, learning_rate, locked, read_json, replacing,
+                    shown, stop_signals, sweep, writing)
 
 
 # ---------------------------------------------------------------------------------------------------------------
