@@ -4,7 +4,7 @@ Plumbing shared by all scripts; no machine learning in here. What only training 
     dataclass --from_cli--> config     torchrun or not --init_distributed--> Run(device, rank, world)
     (seed, step, "noise") --generator--> random numbers     safetensors, JSON --load_weights, read_json--> checked
 
-Sections: command line and errors; devices and torchrun; learning rate, random numbers; files.
+Sections: command line and errors; devices and torchrun; learning rate, random numbers; files; the log of a run.
 Nothing to run here. Next: data.py, or go back to the reading order in README.md.
 """
 import argparse
@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -544,3 +545,76 @@ def load_weights(module, tensors, path, device="cpu", dtype=torch.float32, keep=
     def target(name, x):
         return None if dtype is None or not x.is_floating_point() else torch.float32 if name in keep else dtype
     module.load_state_dict({name: x.to(device, target(name, x)) for name, x in tensors.items()}, assign=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The log of a run
+
+
+class Log:
+    """One line on the screen and the same record in `<directory>/log.jsonl`, from the main process only.
+
+    start: the steps done before, on resume; the records of later ones, which will be done again, are dropped. part:
+    what is training, in front of each line. steps: how many there will be. later: seconds that the parts after this
+    one will take, for the ETA of the whole command.
+    """
+
+    def __init__(self, directory, run, start=0, part="", steps=0, later=0.0):
+        self.path, self.run = os.path.join(directory, "log.jsonl"), run
+        self.part, self.steps, self.later = part, steps, later
+        self.since, self.logged, self.least = time.time(), start, math.inf
+        if run.is_main and os.path.exists(self.path):
+            kept = [record for record in read_log(directory) if record["step"] <= start]
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def __call__(self, **record):
+        if not self.run.is_main:
+            return
+        record = {name: round(v, 6) if isinstance(v, float) else v for name, v in record.items()}
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        record["step"] = f"{record['step']}/{self.steps}"
+        self.say("  ".join([self.part, *(f"{name} {_short(v)}" for name, v in record.items())]).strip())
+
+    def training(self, step, batch_size, loss, **record):
+        """The record of a training step, with speed and ETA, and a word if the loss explodes."""
+        rate = (step - self.logged) / max(1e-9, time.time() - self.since)
+        self(step=step, loss=loss, **record, images_per_s=rate * batch_size,
+             eta=clock((self.steps - step) / rate + self.later))
+        if loss > 10 * self.least:
+            self.say(f"the loss is {loss:.3g} and was {self.least:.3g}: training diverges; a lower --lr may help")
+        self.least = min(self.least, loss)
+        self.reset(step)
+
+    def say(self, sentence):
+        """A line on the screen alone."""
+        if self.run.is_main:
+            print(sentence, flush=True)
+
+    def reset(self, step):
+        """Start the clock anew: what came before, such as an evaluation, is not training time."""
+        self.since, self.logged = time.time(), step
+
+
+def read_log(directory):
+    """The records of `<directory>/log.jsonl`; lines that are none, such as a power cut leaves, are left out."""
+    records = []
+    with open(os.path.join(directory, "log.jsonl"), encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def _short(value):
+    """A number, or a list of numbers, as it stands in a log line; None, "nothing to measure", is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, (list, tuple)):
+        return "/".join(_short(v) for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from common import UserError, replacing
-from runs import read_log
+from common import UserError, read_log, replacing
 
 # Only formats whose decoders stay inside Pillow: its EPS reader, for one, starts another program on the file.
 # Beside each the bytes that a pixel takes at most while it is read: some decoders hold several copies of the image.

@@ -2153,14 +2153,14 @@ def test_a_run_stopped_at_an_evaluation_makes_up_for_it(tmp_path, tiny_vae, monk
             assert train(tmp_path / "run", tiny_vae, **settings) == {}
     assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == at
     assert train(tmp_path / "run", tiny_vae, **settings, resume=True) == whole
-    first, second = ([{**record, "images_per_s": 0, "eta": 0} for record in runs.read_log(str(tmp_path / name))]
+    first, second = ([{**record, "images_per_s": 0, "eta": 0} for record in common.read_log(str(tmp_path / name))]
                      for name in ("whole", "run"))
     assert first == second
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_log_line_that_cannot_be_written_names_the_file(tmp_path):
-    log = runs.Log(str(tmp_path), Run(torch.device("cpu")))
+    log = common.Log(str(tmp_path), Run(torch.device("cpu")))
     os.symlink("/dev/full", tmp_path / "log.jsonl")
     with pytest.raises(UserError, match="log.jsonl: cannot be written .No space left"):
         log(step=1, loss=1.0)
@@ -4110,7 +4110,7 @@ def test_a_run_of_clips_resumes_as_if_it_had_not_stopped_and_stage_2_leaves_toke
     trained, half = (video.VideoFlexTok.from_pretrained(str(path)) for path in (clip_run, tmp_path / "half"))
     assert trained.config.dec_mask == "full" and half.config.dec_mask == "time_block_causal"
     assert trained.recommended_guidance == 1.0 and not trained.training
-    records = runs.read_log(clip_run)
+    records = common.read_log(clip_run)
     assert records[-1]["ks"] == [1, 2, 4]
     assert len(list(clips.frames_of(f"{clip_run}/step0000008.webp", 16))) == 9
     alone = train_tiny_clips(tmp_path / "causal", stage_2=0.0)

@@ -25,13 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
-from common import (UserError, attention_kernel, autocast, check_range, command, compile_blocks, from_cli, generator,
-                    init_distributed, shipped)
+from common import (Log, UserError, attention_kernel, autocast, check_range, command, compile_blocks, from_cli,
+                    generator, init_distributed, shipped)
 from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import draw_curves, save_grid, to_float
-from runs import (Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance,
-                  recorded, seconds_of)
+from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded,
+                  seconds_of)
 from text import CaptionConfig, CaptionEncoder
 from video import ClipSequences
 

@@ -26,14 +26,14 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import vae as stage0
-from common import (Run, UserError, attention_kernel, autocast, barrier, check_range, command, from_cli, generator,
-                    init_distributed, seed_step)
+from common import (Log, Run, UserError, attention_kernel, autocast, barrier, check_range, command, from_cli,
+                    generator, init_distributed, seed_step)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import draw_curves, save_grid, to_float
 from model import Attention, FlexTok, TokenizerConfig, make_quantizer, sample_k, unloaded
-from runs import (Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance,
-                  read_saved, recorded, seconds_of, shard, snapshot)
+from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, read_saved,
+                  recorded, seconds_of, shard, snapshot)
 from vae import VAE
 
 

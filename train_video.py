@@ -26,15 +26,15 @@ import torch
 
 import flow
 import vae as stage0
-from common import (UserError, attention_kernel, autocast, check_range, command, digest_of, from_cli, generator,
+from common import (Log, UserError, attention_kernel, autocast, check_range, command, digest_of, from_cli, generator,
                     init_distributed, seed_step)
 from clips import save_clip_grid
 from data import Cached, batches, open_clips, spread
 from evaluate import reconstruction
 from images import draw_curves, to_float
 from model import sample_k
-from runs import (Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance,
-                  recorded, seconds_of)
+from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded,
+                  seconds_of)
 from train_tokenizer import SHORT, by_t, check_method, draw_noise, part_of, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video

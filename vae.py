@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (UserError, autocast, check_range, command, digest_of, from_cli, generator, init_distributed,
+from common import (Log, UserError, autocast, check_range, command, digest_of, from_cli, generator, init_distributed,
                     load_tensors, load_weights, read_json, save_tensors, shipped, shown, write_json)
 from data import batches, open_data, spread
 from images import draw_curves, psnr, save_grid, to_float
-from runs import Average, Checkpoints, Log, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded
+from runs import Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded
 
 # ---------------------------------------------------------------------------------------------------------------
 # The network
