@@ -2,12 +2,13 @@
 What every training run does beside its algorithm: hand out steps, log, evaluate, keep checkpoints, stop when asked.
 
     for step, lr in checkpoints.steps(...):  a trainer's own lines: batch, loss, backwards, optimizer, average
-         |-- every --log_every steps    Log: a line on the screen, the same in log.jsonl
+         |-- every --log_every steps    common.Log: a line on the screen, the same in log.jsonl
          |-- every --eval_every steps   metrics of the averaged weights; resume.pt, model.safetensors, config.json
          `-- Ctrl-C, SIGTERM            the same at once, and --resume goes on bit for bit
 
-Here too: averaged weights, 16 bits, a step as a CUDA graph, a model split over processes. Nothing here
-knows what is trained. Nothing to run here. Next: train_tokenizer.py, to see it used.
+Why apart: four trainers need the same, and each then reads as its algorithm. Here too: averaged weights, 16 bits, a
+step as a CUDA graph, a model split over processes. Nothing here knows what is trained.
+Nothing to run here. Next: train_tokenizer.py, to see it used.
 """
 import dataclasses
 import json

@@ -437,7 +437,7 @@ def sampling(tokenizer, config):
     """Decode in here, by the command line's settings: yields the guidance scale and the generator of the noise."""
     dtype = weights_type(config)
     # The decoder runs twice a step: with its weights in 16 bits, none of them is cast there again. Encoder and VAE run
-    # once and stay float32, so that tokens are those of `encode`; so does the table of positions.
+    # once and stay float32, so that tokens are those of `encode`. So does an image's table of positions, a buffer.
     for p in tokenizer.decoder.parameters():
         p.data = p.data.to(dtype)
     with torch.autocast(pick_device(config.device).type, dtype, enabled=dtype != torch.float32):

@@ -102,7 +102,7 @@ class VideoTrainConfig:
 
 
 PRESETS = {
-    "video-cpu": dict(    # a CPU core, 14 minutes with its VAE: drawn clips of 9 frames at 32 px, 3 rows of 8 tokens
+    "video-cpu": dict(    # a CPU core, 13 minutes with its VAE: drawn clips of 9 frames at 32 px, 3 rows of 8 tokens
         SHORT, out="out/video-cpu", frames=9, enc_depth=3, dec_depth=3, enc_width=104, dec_width=104, head_dim=52,
         registers=8, patch_position_std=0.5, nested_dropout="uniform_pow2", autoencoder_share=0.4, cache_latents=1,
         steps=5000, batch_size=16, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2500, eval_guidance=2.0),
@@ -191,7 +191,10 @@ def evaluate(tokenizer, clips, config, step):
 
 
 def cache_latents(dataset, tokenizer, config, run):
-    """The latents of --cache_latents windows of each clip, made once: a `Cached` of (C, T, h, w)."""
+    """The latents of --cache_latents windows of each clip, made once: a `Cached` of (C, T, h, w).
+
+    The VAE is frozen, and to encode each clip anew in every epoch took half of a step.
+    """
     T, (h, w) = rows_of(config.frames), (config.image_size // tokenizer.vae.downsampling,) * 2
     made_by = {"VAE": digest_of(asdict(tokenizer.vae.config), tokenizer.vae), "data": config.data,
                "image_size": config.image_size, "frames": config.frames}
@@ -206,7 +209,7 @@ def cache_latents(dataset, tokenizer, config, run):
 def seconds_to_come(config, run, vae):
     """About how long `vae` takes for a clip, and the tokenizer for all its steps: timed with random weights."""
     tokenizer, B, side = build_tokenizer(config, vae).to(run.device), config.batch_size, config.image_size
-    clips = torch.zeros(B, 3, config.frames, side, side, dtype=torch.uint8)
+    clips = torch.zeros(B, 3, config.frames, side, side, dtype=torch.uint8)       # (B, 3, F, S, S)
     latents = encode(tokenizer, clips, run)                                       # (B, C, T, h, w)
 
     def step():

@@ -8,7 +8,8 @@ python vae.py --preset emoji64
 python train_tokenizer.py --preset emoji64 --compile --vae out/vae_emoji64 --nested_dropout uniform_pow2
 python train_ar.py --preset emoji64 --compile
 # Then only the pictures as they are, moved, scaled and tinted no more, and few tokens as often as many: the decoder
-# alone, so that tokens stay what they are; and the prior on one view of each. On a CPU thread each, as the GPU's time was up: 57 and 7 minutes
+# alone, so that tokens stay what they are; and the prior on one view of each. On a CPU thread each, as the GPU's time
+# was up: 57 and 7 minutes
 python train_tokenizer.py --preset emoji64 --vae out/vae_emoji64 --init out/emoji64 --out out/emoji64-plain \
     --freeze_encoder --cache_latents 1 --nested_dropout pow2 --autoencoder_share 0 --pure_noise_share 0.1 --lr 8e-4 \
     --warmup 50 --steps 2000 --batch_size 64 --workers 0 --eval_every 500
