@@ -731,7 +731,8 @@ class Cached:
     version v of image i. Beside it <path>.json says who made it, and how many rows are done: if stopped, it goes on.
 
     shape, dtype: of what is made of one image. made_by: all that decides the values, {name: plain value}. first: a data
-    set for version 0, where that is to be the image as it is. labels, captions: of the images, where they are needed.
+    set of the images as they are, for version 0, which then is half of all that `get` gives: what a model is asked for
+    later is not moved or tinted. labels, captions: of the images, where they are needed.
     Raises `UserError` if the file was made by something else or is damaged, if another process is writing it, or if the
     disk has no room for it.
     """
@@ -857,7 +858,9 @@ class Cached:
         """What was made of a version of image i that `rng` picks, (...): float32, or int64."""
         if self.rows is None:
             self.rows = self._open("r")
-        row = self.rows[int(rng.integers(self.views)) * self.n + i]               # (...)
+        more = max(0, self.views - 2) if self.first is not self.dataset else 0  # version 0 as often as all others
+        version = max(0, int(rng.integers(self.views + more)) - more)
+        row = self.rows[version * self.n + i]                                     # (...)
         return torch.from_numpy(row.astype(np.float32 if self.dtype.kind == "f" else np.int64))
 
 

@@ -63,8 +63,8 @@ from common import Run, UserError, from_cli, replacing
 from runs import Average, learning_rate
 from images import (check_images, curves_of_log, fit, psnr, read_image, save_curves, save_grid, save_page, ssim,
                     to_image, to_tensor)
-from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Emoji, Films, Folder, Shapes, Stream, batches, files_digest,
-                  list_files, open_clips, open_data, read_films, split_paths, to_float)
+from data import (BACKGROUNDS, COLOURS, KINDS, PLACES, Cached, Emoji, Films, Folder, Shapes, Stream, batches,
+                  files_digest, list_files, open_clips, open_data, read_films, split_paths, to_float)
 from data import DIRECTIONS, SPEEDS, MovingShapes
 from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for,
@@ -1792,6 +1792,17 @@ def test_the_first_cached_view_of_an_image_is_the_image_as_it_is(tmp_path, tiny_
     assert (latents[n:n + 4] - wanted).abs().amax((1, 2, 3)).min() > 2e-3
 
 
+def test_half_of_what_a_cache_gives_is_the_image_as_it_is(tmp_path):
+    dataset, run, rng = Shapes(16, length=3), Run(torch.device("cpu")), np.random.default_rng(0)
+    for views, plain, share in ((1, True, 1), (2, True, 1 / 2), (5, True, 1 / 2), (5, False, 1 / 5)):
+        cached = Cached(str(tmp_path / f"{views}{plain}.npy"), dataset, views, (1,), np.float32, {}, run, 0,
+                        first=Shapes(16, length=3) if plain else None)
+        cached.fill(lambda images, row: np.arange(row, row + len(images))[:, None], "")
+        given = torch.cat([cached.get(1, rng) for _ in range(2000)])  # 1, 4, 7, ... of versions 0, 1, 2, ...
+        assert set(given.tolist()) == {1 + 3 * version for version in range(views)}
+        assert abs((given == 1).float().mean() - share) < 0.04
+
+
 def test_a_run_can_go_on_from_a_trained_tokenizer_of_the_same_sizes(tmp_path, tiny_vae):
     first, then = str(tmp_path / "first"), str(tmp_path / "then")
     train(first, tiny_vae, steps=3)
@@ -2048,7 +2059,7 @@ def test_splitting_is_refused_without_other_processes_and_by_an_old_torch(tmp_pa
     assert not (tmp_path / "run").exists()
     config = train_tokenizer.TrainConfig(**TINY, vae=tiny_vae, shard=True)
     monkeypatch.setattr("torch.cpu.Stream.record_event", None, raising=False)
-    for change in (dict(compile=True), dict(precision="fp16")):
+    for change in (dict(compile=True), dict(precision="fp16"), dict(muon_lr=0.01)):
         with pytest.raises(UserError, match="--shard: goes neither with --compile nor"):
             train_tokenizer.check(dataclasses.replace(config, **change), Run(torch.device("cpu"), 0, 2))
     monkeypatch.delattr("torch.cpu.Stream.record_event")
@@ -2181,6 +2192,79 @@ def test_one_batch_can_be_learned_by_heart():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.2  # ignoring the tokens cannot get below 0.75: the variance of 4 images around their mean
+
+
+def small_blocks():
+    """A model with matrices of three shapes in blocks, modulations, and the rest; the settings of its optimizer."""
+    torch.manual_seed(0)
+    Linear, model = torch.nn.Linear, torch.nn.Module()
+    model.trunk = torch.nn.Module()
+    model.trunk.blocks = torch.nn.ModuleList(
+        torch.nn.Sequential(Linear(16, 48), torch.nn.Tanh(), Linear(48, 16), Linear(16, 16)) for _ in range(2))
+    model.trunk.blocks[0].adaln, model.head = Linear(16, 16), Linear(16, 4)
+    return model, train_tokenizer.TrainConfig(lr=1e-3, muon_lr=5e-3, weight_decay=0.1, precision="fp32")
+
+
+def test_muon_makes_all_singular_values_alike():
+    for shape in ((3, 20, 8), (3, 8, 20), (3, 8, 8)):
+        x = runs.orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3)
+        values = torch.linalg.svdvals(x)
+        assert x.shape == shape and 0.3 < values.min() and values.max() < 1.3     # 8 x 8 has nearly singular ones
+    assert not runs.orthogonal(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+def test_muon_is_that_of_torch_and_the_rest_adamw():
+    (ours, config), (theirs, _) = small_blocks(), small_blocks()
+    ours = (ours, [runs.optimizer_for(ours, dataclasses.replace(config, precision="bf16"))])
+    named = dict(theirs.named_parameters())
+    matrices = [p for name, p in named.items() if p.dim() == 2 and "blocks" in name and "adaln" not in name]
+    rest = [p for p in named.values() if not any(p is matrix for matrix in matrices)]
+    assert len(matrices) == 6 == len(ours[1][0].param_groups[2]["params"])
+    theirs = (theirs, [
+        torch.optim.Muon(matrices, lr=5e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
+                           {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}], 1e-3, (0.9, 0.99))])
+    x, before = torch.randn(32, 16), [p.clone() for p in ours[0].parameters()]
+    for _ in range(5):
+        for model, optimizers in (ours, theirs):
+            first, second = model.trunk.blocks
+            model.head(first.adaln(first[:4](second(x)))).square().mean().backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["lr"] if optimizer in theirs[1] else 1e-3 * group["lr_scale"]
+                optimizer.step()
+            assert all(p.grad is not None for p in model.parameters())  # a recorded step writes to the same ones
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+    for start, p, q in zip(before, ours[0].parameters(), theirs[0].parameters()):
+        assert (p - q).norm() < 0.03 * (p - start).norm()  # products of bf16, in another order
+
+
+def test_muon_leaves_alone_what_has_no_gradient():
+    model, config = small_blocks()
+    optimizer, before = runs.optimizer_for(model, config), [p.clone() for p in model.parameters()]
+    model.head(torch.randn(2, 16)).sum().backward()
+    optimizer.step()
+    changed = [name for (name, p), q in zip(model.named_parameters(), before) if not torch.equal(p, q)]
+    assert changed == ["head.weight", "head.bias"]
+
+
+def test_a_run_with_muon_resumes_and_a_damaged_average_of_gradients_is_refused(tmp_path, tiny_vae):
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    metrics = train(whole, tiny_vae, muon_lr=0.01)
+    assert train(parts, tiny_vae, muon_lr=0.01, stop_at=5) == {}
+    state = torch.load(f"{parts}/resume.pt", weights_only=True)
+    moments = next(x for x in state["optimizer"]["state"].values() if "average" in x)
+    torch.save({**state, "optimizer": {**state["optimizer"], "state": {
+        i: {**x, "average": x["average"][:1]} if x is moments else x for i, x in state["optimizer"]["state"].items()}}},
+        tmp_path / "damaged.pt")
+    assert train(parts, tiny_vae, muon_lr=0.01, resume=True) == metrics
+    a, b = (torch.load(f"{out}/resume.pt", weights_only=True)["model"] for out in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    os.replace(tmp_path / "damaged.pt", f"{parts}/resume.pt")
+    with pytest.raises(UserError, match="moments of parameter .* another shape"):
+        train(parts, tiny_vae, muon_lr=0.01, resume=True)
 
 
 def test_the_average_of_weights_follows_its_formula():

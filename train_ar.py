@@ -43,7 +43,7 @@ class ARConfig:
     data: str = "emoji"                  # emoji, shapes, or a folder of images; of clips: moving, or a folder
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
-    views: int = 10                      # augmented versions of each image; of the drawn shapes, that many more scenes
+    views: int = 10                      # versions of each image, half of what is seen as it is; of shapes, more scenes
     augment: bool = True                 # train on moved, scaled, tinted views; --no-augment: as they are
     out: str = "out/prior"               # the run's directory
     init: str = ""                       # a trained prior of these sizes to go on from; empty: random weights
@@ -215,10 +215,10 @@ def parameter_groups(model, config):
             for group, decay, scale in zip(groups, (0.0, *[config.weight_decay] * 2), (1.0, 1.0, slow)) if group]
 
 
-def cache_tokens(images, views, config, tokenizer, run):
+def cache_tokens(images, views, config, tokenizer, run, plain=None):
     """The tokens of so many versions of every image, made once, with labels and captions: a `Cached` of (K,).
 
-    Raises UserError for a class without an image.
+    plain: the images as they are, where the first version is to be that. Raises UserError for a class without an image.
     """
     labels, captions = [images.label(i) for i in range(len(images))], [images.caption(i) for i in range(len(images))]
     absent = set(range(len(images.classes))) - set(labels)
@@ -232,7 +232,7 @@ def cache_tokens(images, views, config, tokenizer, run):
     path = config.tokens or os.path.join(config.out, "tokens.npy")
     cached = Cached(path, images, views, (tokenizer.config.registers,),
                     np.uint16 if tokenizer.quantizer.vocab_size <= 2**16 else np.uint32, made_by, run, config.seed,
-                    labels=labels, captions=captions)
+                    plain, labels, captions)
     cached.fill(lambda part, row: torch.cat(tokenizer.tokenize(to_float(part.to(run.device)))).cpu().numpy(),
                 "part 1 of 2, tokens:", lambda: seconds_to_come(config, run, tokenizer, len(images.classes)))
     most = np.load(path, mmap_mode="r").max()
@@ -333,7 +333,10 @@ def train(config, run, checkpoints, tokenizer, images):
     views = config.views
     if isinstance(images, (Shapes, MovingShapes)):  # endless: other scenes instead of other views of the same
         images.length, views = images.length * views, 1
-    dataset = cache_tokens(images, views, config, tokenizer, run)
+    # clips have no augmentation: their versions are other windows
+    plain = config.augment and views > 1 and not isinstance(tokenizer, ClipSequences)
+    plain = open_split(replace(config, augment=False), tokenizer, "train") if plain else None
+    dataset = cache_tokens(images, views, config, tokenizer, run, plain)
     held_out = open_split(config, tokenizer, "held_out")
     held_out = tokens_of(held_out, tokenizer, config.eval_images, T)              # (n, T), (n,), n captions
 

@@ -32,8 +32,8 @@ from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import draw_curves, save_grid, to_float
 from model import Attention, FlexTok, TokenizerConfig, make_quantizer, sample_k, unloaded
-from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, read_saved,
-                  recorded, seconds_of, shard, snapshot)
+from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, optimizer_for,
+                  provenance, read_saved, recorded, seconds_of, shard, snapshot)
 from vae import VAE
 
 
@@ -47,7 +47,7 @@ class TrainConfig:
     vae_preset: str = "shapes32"     # which preset of vae.py to train if --vae is empty
     out: str = "out/tokenizer"       # the run's directory
     workers: int = 0                 # processes that load images, per GPU
-    cache_latents: int = 0           # run the VAE once, on this many views of each image; 0: in every step
+    cache_latents: int = 0           # run the VAE once, on so many views of each image, half as they are; 0: every step
     sample_posterior: bool = False   # train on draws from the VAE's posterior instead of its mean
     # model
     enc_depth: int = 12              # encoder blocks
@@ -78,6 +78,7 @@ class TrainConfig:
     batch_size: int = 256            # images per step over all processes and micro-batches
     micro_batch: int = 0             # images per forward pass and process; 0: all at once
     lr: float = 5e-4                 # peak learning rate
+    muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official; 0.01 if short
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
     weight_decay: float = 0.0        # of AdamW, on matrices only
@@ -105,16 +106,16 @@ PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batc
              steps=100_000, lr=5.6e-4, warmup=8000, workers=12, sample_posterior=True)
 # What makes a run of minutes use its tokens at all: the README's FAQ has the reasons, JOURNAL.md what was measured
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, scale_codes=True, pure_noise_share=0.3, t_mean=0.5,
-             levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
+             muon_lr=0.01, levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
 PRESETS = {
     "cpu": dict(          # a CPU core, 15 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.25,
         steps=5500, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2750, eval_guidance=2.5),
-    "emoji64-cpu": dict(  # a CPU core, an hour with its VAE: emoji at 64 px, 64 tokens of 10 bits
-        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=2,
-        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.25,
-        steps=5000, batch_size=32, lr=1.5e-3, warmup=100, ema_decay=0.998, eval_every=2500),
+    "emoji64-cpu": dict(  # a CPU core, 2 hours with its VAE: emoji at 64 px, 64 tokens of 10 bits
+        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=8,
+        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.1,
+        steps=11_500, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.999, eval_every=2875, eval_guidance=3.0),
     "emoji64": dict(      # one H100, 5 minutes with --compile and a VAE at hand: a deeper model, more views
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16, workers=4,
         patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.15,
@@ -403,9 +404,7 @@ def train(config, run, checkpoints, dataset):
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    optimizer = optimizer_for(raw, config)
     scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
@@ -438,7 +437,7 @@ def train(config, run, checkpoints, dataset):
     # ---- loop -------------------------------------------------------------------------------------------------
     for step, lr in steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
         batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
@@ -471,8 +470,8 @@ def check(config, run):
             raise UserError("--shard: splits the model over several processes, and this is the only one; use torchrun")
         if run.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
             raise UserError(f"--shard: torch {torch.__version__} splits models over GPUs only; on CPUs it needs 2.7")
-        if config.compile or config.precision == "fp16":
-            raise UserError("--shard: goes neither with --compile nor with --precision fp16")
+        if config.compile or config.precision == "fp16" or config.muon_lr:
+            raise UserError("--shard: goes neither with --compile nor with --precision fp16 nor with --muon_lr")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
     if config.vae:
@@ -492,7 +491,7 @@ def check_method(config):
     check_range(config, 1, math.inf, "image_size", "patch_size", "enc_depth", "dec_depth", "head_dim", "registers",
                 "eval_timesteps")
     check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "position_std", "code_std", "head_std",
-                "weight_decay", "eval_guidance")
+                "weight_decay", "muon_lr", "eval_guidance")
     check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
                 "beta2")
     check_range(config, -20, 20, "t_mean")

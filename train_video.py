@@ -33,8 +33,8 @@ from data import Cached, batches, open_clips, spread
 from evaluate import reconstruction
 from images import draw_curves, to_float
 from model import sample_k
-from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded,
-                  seconds_of)
+from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, optimizer_for,
+                  provenance, recorded, seconds_of)
 from train_tokenizer import SHORT, by_t, check_method, draw_noise, part_of, train_vae
 from vae import VAE
 from video import VideoConfig, VideoFlexTok, given_rows, is_video, rows_of, unloaded_video
@@ -82,6 +82,7 @@ class VideoTrainConfig:
     steps: int = 100_000             # optimizer steps
     batch_size: int = 64             # clips per step
     lr: float = 5e-4                 # peak learning rate
+    muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official; 0.01 if short
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
     weight_decay: float = 0.0        # of AdamW, on matrices only
@@ -268,9 +269,7 @@ def train(config, run, checkpoints):
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for part in (raw.encoder, raw.quantizer, raw.decoder) for p in part.parameters()]
-    groups = [{"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    optimizer = optimizer_for(raw, config)
     scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def train(config, run, checkpoints):
     # ---- loop -------------------------------------------------------------------------------------------------
     for step, lr in steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
         enter_stage(raw, in_stage_2(config, step))
         batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, T, h, w), or (b, 3, F, H, W)
