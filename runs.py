@@ -437,24 +437,26 @@ def fill_with_average(module, ema):
     return module.eval()
 
 
-def optimizer_for(model, config):
-    """The optimizer of a tokenizer: `Muon` for the matrices of its blocks if --muon_lr says so, AdamW for the rest.
+def optimizer_for(model, config, groups=None):
+    """AdamW; or, if --muon_lr is above 0, `Muon` for the matrices of the model's blocks, and AdamW for the rest.
 
-    Each group has an "lr_scale": what the schedule's learning rate is multiplied by.
+    groups: AdamW's; by default matrices decay and vectors do not. Each comes out with an "lr_scale": what the
+    schedule's learning rate is multiplied by.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    def is_block_matrix(name, p):  # modulations are read off t, not off what a block computes
-        return config.muon_lr > 0 and p.dim() == 2 and ".blocks." in name and ".adaln." not in name
-    groups = [{"params": [p for name, p in named if p.dim() > 1 and not is_block_matrix(name, p)],
-               "weight_decay": config.weight_decay, "lr_scale": 1.0},
-              {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0, "lr_scale": 1.0}]
-    betas = (0.9, config.beta2)
+    groups = groups or [{"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
+                        {"params": [p for _, p in named if p.dim() <= 1], "weight_decay": 0.0}]
+    groups, betas = [{"lr_scale": 1.0, **group} for group in groups], (0.9, config.beta2)
     if not config.muon_lr:
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
-    groups.append({"params": [p for name, p in named if is_block_matrix(name, p)], "muon": True,
-                   "weight_decay": config.weight_decay, "lr_scale": config.muon_lr / config.lr})
+    matrices = [p for name, p in named if p.dim() == 2 and ".blocks." in name and ".adaln." not in name]
+    taken = set(matrices)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in taken]
+    groups.append({"params": matrices, "muon": True, "weight_decay": config.weight_decay,
+                   "lr_scale": config.muon_lr / config.lr})
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return Muon(groups, dtype, lr=config.lr, betas=betas, fused=True)
+    return Muon([group for group in groups if group["params"]], dtype, lr=config.lr, betas=betas, fused=True)
 
 
 class Muon(torch.optim.AdamW):

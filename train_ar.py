@@ -30,8 +30,8 @@ from common import (Log, UserError, attention_kernel, autocast, check_range, com
 from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import draw_curves, save_grid, to_float
-from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, provenance, recorded,
-                  seconds_of)
+from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, optimizer_for,
+                  provenance, recorded, seconds_of)
 from text import CaptionConfig, CaptionEncoder
 from video import ClipSequences
 
@@ -65,6 +65,7 @@ class ARConfig:
     batch_size: int = 256                # images per step over all processes and micro-batches
     micro_batch: int = 0                 # images per forward pass and process; 0: all at once
     lr: float = 6e-4                     # peak learning rate
+    muon_lr: float = 0.0                 # the same of Muon, for matrices of blocks; 0: AdamW, official; 0.01 if short
     mup_base_width: int = 0              # muP: matrices learn at lr·base/width; 0: off
     warmup: int = 1000                   # steps
     beta2: float = 0.95                  # of AdamW; beta1 is 0.9
@@ -354,7 +355,7 @@ def train(config, run, checkpoints, tokenizer, images):
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(raw, config), lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    optimizer = optimizer_for(raw, config, parameter_groups(raw, config))
     scaler = Scaler(config, run)
 
     # ---- resume -----------------------------------------------------------------------------------------------
@@ -435,7 +436,7 @@ def check(config, run):
     check_run(config, run)
     check_range(config, 1, math.inf, "eval_images", "views", "width", "depth", "head_dim", "caption_width",
                 "caption_depth", "caption_words")
-    check_range(config, 0, math.inf, "length", "micro_batch", "mup_base_width", "weight_decay", "cfg_scale")
+    check_range(config, 0, math.inf, "length", "micro_batch", "mup_base_width", "weight_decay", "muon_lr", "cfg_scale")
     check_range(config, 0, 1, "word_dropout", "beta2")
     if not 0 <= config.condition_dropout < 1:
         raise UserError(f"--condition_dropout {config.condition_dropout}: expected at least 0 and less than 1")

@@ -114,8 +114,8 @@ PRESETS = {
         steps=5500, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2750, eval_guidance=2.5),
     "emoji64-cpu": dict(  # a CPU core, 2 hours with its VAE: emoji at 64 px, 64 tokens of 10 bits
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=8,
-        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.1,
-        steps=11_500, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.999, eval_every=2875, eval_guidance=3.0),
+        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.06,
+        steps=11_000, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.999, eval_every=2750, eval_guidance=3.0),
     "emoji64": dict(      # one H100, 5 minutes with --compile and a VAE at hand: a deeper model, more views
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16, workers=4,
         patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.15,
