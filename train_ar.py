@@ -90,10 +90,10 @@ class ARConfig:
 PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("class",), views=10, batch_size=1024,
              micro_batch=64, steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
-    "cpu": dict(          # a CPU core, 12 minutes, after train_tokenizer.py --preset cpu: drawn scenes
+    "cpu": dict(          # a CPU core, 10 minutes, after train_tokenizer.py --preset cpu: drawn scenes
         data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=10, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0,
-        steps=7000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=3500),
+        steps=4000, batch_size=32, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.997, eval_every=2000),
     "video-cpu": dict(    # a CPU core, 8 minutes, after train_video.py --preset video-cpu: drawn clips
         data="moving", tokenizer="out/video-cpu", out="out/video-cpu-prior", views=1, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0, condition=("text",),
@@ -101,11 +101,11 @@ PRESETS = {
     "emoji64-cpu": dict(  # a CPU core, 13 minutes, after train_tokenizer.py --preset emoji64-cpu
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=4, width=192, depth=4,
         head_dim=48, caption_width=96, word_dropout=0.3, cfg_scale=2.0,
-        steps=2000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.995, eval_every=1000),
+        steps=3000, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.998, eval_every=1000),
     "emoji64": dict(      # one H100, 3 minutes with --compile (stopped at 4,653), after train_tokenizer.py's emoji64
         data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=256, depth=6, workers=4,
         caption_width=128, word_dropout=0.3, cfg_scale=2.0,
-        steps=6000, batch_size=256, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=3000),
+        steps=6000, batch_size=256, lr=1.5e-3, muon_lr=0.01, warmup=200, ema_decay=0.999, eval_every=3000),
     "49M": dict(          # the paper's smallest (not run): 8 GPUs, ImageNet in --data, a trained --tokenizer
         PAPER, width=SIZES["49M"][0], depth=SIZES["49M"][1], out="out/prior-49M"),
     "85M": dict(          # the paper's (not run)
