@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel
 
-from common import (UserError, autocast, barrier, check_range, learning_rate, locked, read_json, replacing, shown,
-                    stop_signals, sweep)
+from common import (UserError, autocast, barrier, check_range, has_native_bf16, learning_rate, locked, read_json,
+                    replacing, shown, stop_signals, sweep)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -455,8 +455,9 @@ def optimizer_for(model, config, groups=None):
         group["params"] = [p for p in group["params"] if p not in taken]
     groups.append({"params": matrices, "muon": True, "weight_decay": config.weight_decay,
                    "lr_scale": config.muon_lr / config.lr})
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return Muon([group for group in groups if group["params"]], dtype, lr=config.lr, betas=betas, fused=True)
+    bf16 = config.precision == "bf16" or config.precision == "auto" and has_native_bf16(matrices[0].device)
+    return Muon([group for group in groups if group["params"]], torch.bfloat16 if bf16 else torch.float32, lr=config.lr,
+                betas=betas, fused=True)
 
 
 class Muon(torch.optim.AdamW):

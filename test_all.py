@@ -2241,8 +2241,15 @@ def test_muon_is_that_of_torch_and_the_rest_adamw():
         assert (p - q).norm() < 0.03 * (p - start).norm()  # products of bf16, in another order
 
 
-def test_muon_leaves_alone_what_has_no_gradient():
+def test_muon_leaves_alone_what_has_no_gradient_and_takes_bf16_where_the_model_does(monkeypatch):
     model, config = small_blocks()
+    for native in (True, False):
+        monkeypatch.setattr(runs, "has_native_bf16", lambda device: native)
+        for precision, dtype in (("auto", torch.bfloat16 if native else torch.float32), ("bf16", torch.bfloat16),
+                                 ("fp16", torch.float32)):
+            config.precision = precision
+            assert runs.optimizer_for(model, config).dtype == dtype
+    config.precision = "fp32"
     optimizer, before = runs.optimizer_for(model, config), [p.clone() for p in model.parameters()]
     model.head(torch.randn(2, 16)).sum().backward()
     optimizer.step()
