@@ -583,7 +583,7 @@ class Log:
         self(step=step, loss=loss, **record, images_per_s=rate * batch_size,
              eta=clock((self.steps - step) / rate + self.later))
         if loss > 10 * self.least:
-            self.say(f"the loss is {loss:.3g} and was {self.least:.3g}: training diverges; a lower --lr may help")
+            self.say(f"the loss is {loss:.3g} and was {self.least:.3g}: it diverges; lower learning rates may help")
         self.least = min(self.least, loss)
         self.reset(step)
 

@@ -742,7 +742,8 @@ class Cached:
         self.dataset, self.first, self.classes = dataset, first or dataset, dataset.classes
         self.labels, self.captions = labels, captions
         self.shape, self.dtype, self.rows = (self.n * views, *shape), np.dtype(dtype), None
-        self.made_by = {**made_by, "images": self.n, "views": views, "seed": seed, "files": files_digest(dataset)}
+        self.made_by = {**made_by, "images": self.n, "views": views, "plain": first is not None, "seed": seed,
+                        "files": files_digest(dataset)}
         self.state = {"made_by": self.made_by, "done": 0, "replaced": []}
         self.state_path = path + ".json"
 

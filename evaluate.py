@@ -68,7 +68,7 @@ class Generation:
     tokenizer: str = "assets/emoji64"    # directory of a tokenizer
     prior: str = "assets/emoji64/prior"  # directory of a prior trained on its tokens
     data: str = "emoji"                  # emoji, shapes, or a folder of images
-    split: str = "combinations"          # of emoji: combinations or held_out; of others: held_out
+    split: str = "held_out"              # held_out, or of emoji: combinations
     n: int = 100                         # at most this many captions
     judge_steps: int = 1500              # to train the judge
     out: str = "out/generation.png"      # picture of the first eight

@@ -67,23 +67,6 @@ def t_logit_normal(B, mean=0.0, std=1.0, generator=None, device=None):
     return torch.sigmoid(mean + std * torch.randn(B, generator=generator, device=device))
 
 
-def t_stratified_logit_normal(B, generator=None, device=None):
-    """As `t_logit_normal(B)`, one sample in each of B slices of equal probability: less variance between batches.
-
-    u_i = (i + U[0,1))/B, t = sigmoid(√2·erfinv(2u-1)).                     (official: noise_modules.py, stratified)
-    """
-    slices = torch.arange(B, device=device) / B                                   # (B,)
-    u = slices + torch.rand(B, generator=generator, device=device) / B            # (B,)
-    # u = 0 would be erfinv(-1) = -inf: that is t = 0, which sigmoid gives without complaint
-    return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
-
-
-def t_mode(B, scale=1.29, generator=None, device=None):
-    """t = 1 - u - s·(cos²(πu/2) - 1 + u): more of the middle; s = 0 is uniform.      (SD3, arXiv 2403.03206, Eq. 20)"""
-    u = torch.rand(B, generator=generator, device=device)
-    return 1 - u - scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The sampler: walk from noise (t=1) to data (t=0)
 

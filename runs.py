@@ -6,8 +6,8 @@ What every training run does beside its algorithm: hand out steps, log, evaluate
          |-- every --eval_every steps   metrics of the averaged weights; resume.pt, model.safetensors, config.json
          `-- Ctrl-C, SIGTERM            the same at once, and --resume goes on bit for bit
 
-Why apart: four trainers need the same, and each then reads as its algorithm. Here too: averaged weights, 16 bits, a
-step as a CUDA graph, a model split over processes. Nothing here knows what is trained.
+Why apart: four trainers need the same, and each then reads as its algorithm. Here too: the optimizer, averaged weights,
+16 bits, a step as a CUDA graph, a model split over processes.
 Nothing to run here. Next: train_tokenizer.py, to see it used.
 """
 import dataclasses
@@ -206,8 +206,8 @@ class Checkpoints:
             return None
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(loss) else "loss"
-            raise UserError(f"step {step}: the {what} is not finite; {self.standing()}; a --lr below {self.config.lr} "
-                            f"may help")
+            raise UserError(f"step {step}: the {what} is not finite; {self.standing()}; lower learning rates than "
+                            f"--lr {self.config.lr} may help")
         return norm
 
     def standing(self):
@@ -221,7 +221,8 @@ def check_run(config, run):
     """Raise `UserError` for settings that all trainers have and that cannot work."""
     check_range(config, 1, math.inf, "steps", "batch_size", "warmup", "log_every", "eval_every")
     check_range(config, 0, math.inf, "workers", "stop_at")
-    check_range(config, 0, 1, "lr", "ema_decay")
+    check_range(config, 0, 1, "ema_decay")
+    check_range(config, 1e-12, 1, "lr")
     check_range(config, 1e-9, math.inf, "grad_clip")
     check_range(config, 0, 2**31 - 1, "seed")
     autocast(run.device, config.precision)
@@ -403,7 +404,7 @@ def seconds_of(work):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The step: average, 16 bits, CUDA graphs
+# The step: average, optimizer, 16 bits, CUDA graphs
 
 
 class Average(AveragedModel):
@@ -440,8 +441,9 @@ def fill_with_average(module, ema):
 def optimizer_for(model, config, groups=None):
     """AdamW; or, if --muon_lr is above 0, `Muon` for the matrices of the model's blocks, and AdamW for the rest.
 
-    groups: AdamW's; by default matrices decay and vectors do not. Each comes out with an "lr_scale": what the
-    schedule's learning rate is multiplied by.
+    The rest: vectors, which have one direction only; tables, the first and the last layers, as is customary; modulations,
+    which read t and not what a block computes. groups: AdamW's; by default matrices decay and vectors do not. Each comes
+    out with an "lr_scale": what the schedule's learning rate, which begins from --lr, is multiplied by.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = groups or [{"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -465,7 +467,8 @@ class Muon(torch.optim.AdamW):
 
     A gradient is a matrix U·S·Vᵀ, and few of its directions are large: those of what most samples share. AdamW follows
     these. Muon takes a step of one size along all of them, U·Vᵀ, so that rare ones are learned as fast. The average of
-    gradients (0.95 of what it was, Nesterov's form) comes first. A step's mean square is 0.2², about that of AdamW's.
+    gradients (0.95 of what it was, Nesterov's form) comes first. A step's mean square is (0.2·lr)², as AdamW's is about:
+    so an lr of AdamW will do for a start; for runs of minutes 0.01 was better than 0.02 (JOURNAL.md).
 
     torch.optim.Muon (from 2.9 on) does the same, matrix by matrix: 15 products each, 800 for a small tokenizer. Here
     those of equal shape go through together.
@@ -503,7 +506,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x):
-    """Matrices U·S·Vᵀ (n, rows, columns) -> about U·Vᵀ: all singular values between 0.7 and 1.2.
+    """Matrices U·S·Vᵀ (n, rows, columns) -> about U·Vᵀ: singular values of 0.7 to 1.2, but for those near 0.
 
     Five steps of a polynomial that takes any number in (0, 1] near 1; S never has to be computed. (Keller Jordan, 2024)
     """

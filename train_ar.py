@@ -27,7 +27,7 @@ from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
 from common import (Log, UserError, attention_kernel, autocast, check_range, command, compile_blocks, from_cli,
                     generator, init_distributed, shipped)
-from data import Cached, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
+from data import Cached, Films, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import draw_curves, save_grid, to_float
 from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, optimizer_for,
@@ -43,8 +43,7 @@ class ARConfig:
     data: str = "emoji"                  # emoji, shapes, or a folder of images; of clips: moving, or a folder
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
-    views: int = 10                      # versions of each image, half of what is seen as it is; of shapes, more scenes
-    augment: bool = True                 # train on moved, scaled, tinted views; --no-augment: as they are
+    views: int = 10                      # versions of each image, the first, half of all, as it is; of shapes, scenes
     out: str = "out/prior"               # the run's directory
     init: str = ""                       # a trained prior of these sizes to go on from; empty: random weights
     workers: int = 0                     # processes that load tokens, per GPU
@@ -85,8 +84,8 @@ class ARConfig:
     stop_at: int = 0                     # save and end before this step, as if interrupted; 0: never
 
 
-# As transcribed from the paper by others: batch 1024, 300 epochs of ImageNet in 375k steps, 30 of them warm-up; the
-# peak learning rate is known for 49M only
+# As transcribed from the paper by others: batch 1024, 300 epochs of ImageNet in 375k steps, 30 epochs of it
+# warm-up; the peak learning rate is known for 49M only
 PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("class",), views=10, batch_size=1024,
              micro_batch=64, steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
@@ -229,7 +228,7 @@ def cache_tokens(images, views, config, tokenizer, run, plain=None):
     if "text" in config.condition and not any(captions):
         raise UserError(f"--data {config.data}: no training image has a caption; give --condition class, or a "
                         f"captions.json")
-    made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data, "augment": config.augment}
+    made_by = {"tokenizer": tokenizer.fingerprint(), "data": config.data}
     path = config.tokens or os.path.join(config.out, "tokens.npy")
     cached = Cached(path, images, views, (tokenizer.config.registers,),
                     np.uint16 if tokenizer.quantizer.vocab_size <= 2**16 else np.uint32, made_by, run, config.seed,
@@ -257,12 +256,12 @@ def seconds_to_come(config, run, tokenizer, classes):
     return config.steps * seconds_of(step) * b / micro
 
 
-def open_split(config, tokenizer, split):
-    """The data set of --data at the tokenizer's size; held-out images are not augmented. Of clips, clips."""
+def open_split(config, tokenizer, split, augment=False):
+    """The data set of --data at the tokenizer's size. Of clips, clips, which have no augmentation."""
     side = max(tokenizer.image_size)
     if isinstance(tokenizer, ClipSequences):
         return open_clips(config.data, side, split, config.seed, tokenizer.config.frames)
-    return open_data(config.data, side, split, augment=config.augment and split == "train", seed=config.seed)
+    return open_data(config.data, side, split, augment, config.seed)
 
 
 def tokens_of(dataset, tokenizer, count, T):
@@ -320,7 +319,7 @@ def main(config):
     run = init_distributed(config.device)
     check(config, run)
     tokenizer = open_trained(config, run)  # these two before anything is written: they may not be there
-    images = open_split(config, tokenizer, "train")
+    images = open_split(config, tokenizer, "train", augment=True)
     with Checkpoints(config, RUN_FIELDS, run) as checkpoints:
         return train(config, run, checkpoints, tokenizer, images)
 
@@ -334,9 +333,7 @@ def train(config, run, checkpoints, tokenizer, images):
     views = config.views
     if isinstance(images, (Shapes, MovingShapes)):  # endless: other scenes instead of other views of the same
         images.length, views = images.length * views, 1
-    # clips have no augmentation: their versions are other windows
-    plain = config.augment and views > 1 and not isinstance(tokenizer, ClipSequences)
-    plain = open_split(replace(config, augment=False), tokenizer, "train") if plain else None
+    plain = None if isinstance(images, (Shapes, MovingShapes, Films)) else open_split(config, tokenizer, "train")
     dataset = cache_tokens(images, views, config, tokenizer, run, plain)
     held_out = open_split(config, tokenizer, "held_out")
     held_out = tokens_of(held_out, tokenizer, config.eval_images, T)              # (n, T), (n,), n captions

@@ -5,7 +5,7 @@ Train a FlexTok tokenizer: encoder, quantiser and flow decoder together, on the 
                              latents, noise, t -----> x_t                  loss = |velocity - (noise - latents)|²
 
 Paper: FlexTok, arXiv 2502.13967. Differences: no REPA loss, plain AdamW instead of muP, and some
-choices for runs of minutes (`SHORT` below), off in the paper's presets.
+choices for runs of minutes (`SHORT` below; Muon is one of them), off in the paper's presets.
 
     python train_tokenizer.py --preset cpu                                       # a CPU core; trains its VAE first
     python train_tokenizer.py --preset emoji64 --compile                         # one GPU
@@ -47,7 +47,7 @@ class TrainConfig:
     vae_preset: str = "shapes32"     # which preset of vae.py to train if --vae is empty
     out: str = "out/tokenizer"       # the run's directory
     workers: int = 0                 # processes that load images, per GPU
-    cache_latents: int = 0           # run the VAE once, on so many views of each image, half as they are; 0: every step
+    cache_latents: int = 0           # versions of each image to cache latents of, the first as it is; 0: VAE in each step
     sample_posterior: bool = False   # train on draws from the VAE's posterior instead of its mean
     # model
     enc_depth: int = 12              # encoder blocks
@@ -68,9 +68,9 @@ class TrainConfig:
     freeze_encoder: bool = False     # train the decoder alone: tokens, and a prior over them, stay valid
     # method
     nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2 or uniform_pow2
-    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.2-0.4 if short
+    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.1 if short
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
-    t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
+    t_sampler: str = "logit_normal"  # logit_normal or uniform
     t_mean: float = 0.0              # of logit_normal; above 0 moves t towards noise
     pure_noise_share: float = 0.0    # share of samples at exactly t = 1; 0 official, 0.3 for short runs
     # optimisation
@@ -81,7 +81,7 @@ class TrainConfig:
     muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official; 0.01 if short
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
-    weight_decay: float = 0.0        # of AdamW, on matrices only
+    weight_decay: float = 0.0        # on matrices only
     grad_clip: float = 1.0           # largest gradient norm
     ema_decay: float = 0.9999        # decay of the averaged weights
     # running
@@ -104,7 +104,7 @@ class TrainConfig:
 # epochs of ImageNet. Time by arithmetic, not run: 0.58, 1.9 and 4.4 TFLOP per image, 40 % of an H100's peak.
 PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batch_size=2048, micro_batch=64,
              steps=100_000, lr=5.6e-4, warmup=8000, workers=12, sample_posterior=True)
-# What makes a run of minutes use its tokens at all: the README's FAQ has the reasons, JOURNAL.md what was measured
+# What makes a run of minutes use its tokens, and learn fast: the README's FAQ has the reasons, JOURNAL.md the trials
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, scale_codes=True, pure_noise_share=0.3, t_mean=0.5,
              muon_lr=0.01, levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
 PRESETS = {
@@ -186,14 +186,13 @@ def by_t(loss, t, null):
 
 def sample_t(config, B, generator, device):
     """t (B,) by the method that --t_sampler names; raises `UserError` for one that is not known, or has no --t_mean."""
-    if config.t_mean and config.t_sampler != "logit_normal":
-        raise UserError(f"--t_mean {config.t_mean}: --t_sampler {config.t_sampler} has none; only logit_normal has")
     if config.t_sampler == "logit_normal":
         return flow.t_logit_normal(B, config.t_mean, generator=generator, device=device)
-    others = {"stratified": flow.t_stratified_logit_normal, "uniform": flow.t_uniform, "mode": flow.t_mode}
-    if config.t_sampler not in others:
-        raise UserError(f"--t_sampler {config.t_sampler}: expected logit_normal, stratified, uniform or mode")
-    return others[config.t_sampler](B, generator=generator, device=device)
+    if config.t_sampler != "uniform":
+        raise UserError(f"--t_sampler {config.t_sampler}: expected logit_normal or uniform")
+    if config.t_mean:
+        raise UserError(f"--t_mean {config.t_mean}: --t_sampler uniform has none")
+    return flow.t_uniform(B, generator=generator, device=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -471,7 +470,8 @@ def check(config, run):
         if run.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
             raise UserError(f"--shard: torch {torch.__version__} splits models over GPUs only; on CPUs it needs 2.7")
         if config.compile or config.precision == "fp16" or config.muon_lr:
-            raise UserError("--shard: goes neither with --compile nor with --precision fp16 nor with --muon_lr")
+            raise UserError("--shard: goes neither with --compile nor with --precision fp16, nor with Muon (presets of "
+                            "minutes have it): give --muon_lr 0")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
     if config.vae:

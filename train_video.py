@@ -73,9 +73,9 @@ class VideoTrainConfig:
     stage_2: float = 0.25            # the share of the steps, at the end, that is stage 2
     first_frame_p: float = 0.5       # in stage 2: chance per clip that its first latent frame is given
     nested_dropout: str = "pow2"     # how k is drawn, one for all rows of a clip: uniform, pow2 or uniform_pow2
-    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.2-0.4 if short
+    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.4 if short
     null_p: float = 0.1              # chance per clip to be trained without tokens, which guidance needs
-    t_sampler: str = "logit_normal"  # logit_normal, stratified, uniform or mode
+    t_sampler: str = "logit_normal"  # logit_normal or uniform
     t_mean: float = 0.0              # of logit_normal; above 0 moves t towards noise
     pure_noise_share: float = 0.0    # share of clips at exactly t = 1; 0 official, 0.3 for short runs
     # optimisation
@@ -85,7 +85,7 @@ class VideoTrainConfig:
     muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official; 0.01 if short
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
-    weight_decay: float = 0.0        # of AdamW, on matrices only
+    weight_decay: float = 0.0        # on matrices only
     grad_clip: float = 1.0           # largest gradient norm
     ema_decay: float = 0.9999        # decay of the averaged weights
     # running
