@@ -441,9 +441,9 @@ def fill_with_average(module, ema):
 def optimizer_for(model, config, groups=None):
     """AdamW; or, if --muon_lr is above 0, `Muon` for the matrices of the model's blocks, and AdamW for the rest.
 
-    The rest: vectors, which have one direction only; tables, the first and the last layers, as is customary; modulations,
-    which read t and not what a block computes. groups: AdamW's; by default matrices decay and vectors do not. Each comes
-    out with an "lr_scale": what the schedule's learning rate, which begins from --lr, is multiplied by.
+    The rest: vectors, which have one direction only; tables, the first and the last layers, as is customary;
+    modulations, which read t and not what a block computes. groups: AdamW's; by default matrices decay and vectors do
+    not. Each comes out with an "lr_scale", by which the schedule's learning rate, that of --lr, is to be multiplied.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = groups or [{"params": [p for _, p in named if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -467,8 +467,8 @@ class Muon(torch.optim.AdamW):
 
     A gradient is a matrix U·S·Vᵀ, and few of its directions are large: those of what most samples share. AdamW follows
     these. Muon takes a step of one size along all of them, U·Vᵀ, so that rare ones are learned as fast. The average of
-    gradients (0.95 of what it was, Nesterov's form) comes first. A step's mean square is (0.2·lr)², as AdamW's is about:
-    so an lr of AdamW will do for a start; for runs of minutes 0.01 was better than 0.02 (JOURNAL.md).
+    gradients (0.95 of what it was, Nesterov's form) comes first. A step's mean square is (0.2·lr)², about AdamW's, so
+    an lr of AdamW will do for a start; for runs of minutes 0.01 was better than 0.02 (JOURNAL.md).
 
     torch.optim.Muon (from 2.9 on) does the same, matrix by matrix: 15 products each, 800 for a small tokenizer. Here
     those of equal shape go through together.

@@ -47,7 +47,7 @@ class TrainConfig:
     vae_preset: str = "shapes32"     # which preset of vae.py to train if --vae is empty
     out: str = "out/tokenizer"       # the run's directory
     workers: int = 0                 # processes that load images, per GPU
-    cache_latents: int = 0           # versions of each image to cache latents of, the first as it is; 0: VAE in each step
+    cache_latents: int = 0           # versions of each image to keep the latents of, the first as it is; 0: none
     sample_posterior: bool = False   # train on draws from the VAE's posterior instead of its mean
     # model
     enc_depth: int = 12              # encoder blocks
