@@ -54,6 +54,7 @@ def look_back(q, k, v, scale, past=None, positions=None):
 
     Training gives whole sequences. Generation gives new tokens only, their `positions` (n,) int64, and `past`, the KV
     cache: keys and values of all positions, each (B, nh, T, hd), into which those of the new tokens are written first.
+    They can be kept, as no token ever looks at a later one: what a new token adds changes none of those before it.
     """
     if past is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # (B, nh, n, hd)

@@ -330,10 +330,11 @@ def sample_k(B, K, mode, null_p=0.0, generator=None):
     one step and towards many in the next. A share `null_p` gets no token at all, which guidance needs.
 
     The draws are stratified: of 16 places in the batch each draws from its own 16th of the law (of 8, 4, 2 or 1 if B is
-    no multiple of 16), so that a step sees short and long ones alike. Images are shuffled: none keeps its place. `room`
-    is the most that a place can draw, rounded up by `room_for`: it is the same in every step of a run, so samples of
-    equal room can go through together, in groups that never change their shapes. With `pow2`, B = 4 and K = 64, k is
-    2, 16, 4, 64, say, and room always 16, 64, 16, 64: two groups.
+    no multiple of 16), so that a step sees short and long ones alike. Images are shuffled: none keeps its place.
+
+    room: the most that each place can draw, rounded up by `room_for`. It is the same in every step, so samples of equal
+    room go through together (`in_groups`): short ones cost less, and no group ever changes its shape, which compilers
+    want. With `pow2`, B = 4 and K = 64, k is 2, 16, 4, 64, say, and room always 16, 64, 16, 64: two groups.
     """
     strata = min(16, B & -B)  # the largest power of two that divides B
     place = [int(f"{i % strata:04b}"[::-1], 2) * strata // 16 for i in range(B)]  # bits reversed: spread evenly
@@ -447,7 +448,7 @@ class Decoder(nn.Module):
             registers = torch.cat([registers, self.mask_token.expand(B, 1, -1).to(registers.dtype)], 1)  # (B, k + 1, D)
         if null is not None:
             registers = torch.where(null.to(codes.device, non_blocking=True)[:, None, None], self.null_token, registers)
-        # in training all lengths share one graph when compiled: there the last of all K counts, once
+        # in training k is the group's room; where that is K none was added, and the last counts once, by the same graph
         return registers, max(self.K - k, 0 if k_keep is None else 1)
 
 

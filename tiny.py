@@ -27,7 +27,7 @@ from torch import nn
 
 SIDE, P, N, K, D, HEADS = 16, 4, 16, 8, 96, 4              # 16 x 16 pixels: 16 patches of 4 x 4; 8 registers, width 96
 LEVELS = torch.tensor([8, 8, 8, 5, 5, 5])                  # a code is 6 numbers; the first takes one of 8 values, ...
-KEPT = torch.tensor([1, 2, 4, 8, 8])                       # how many tokens a training sample may keep
+KEPT = torch.tensor([1, 2, 4, 8, 8])                       # tokens a training sample may keep; all K twice as often
 TRAIN_STEPS, SAMPLE_STEPS, GUIDANCE = 2800, 20, 2.0
 GROUNDS = torch.tensor([[.05, .05, .30], [0, .45, .75], [.15, .55, .10], [.80, .55, .30], [.50, .10, .45]])
 COLOURS = torch.tensor([[.95, .10, .10], [1, .95, .20], [1, 1, 1], [.30, .95, 1], [1, .60, .80]])
