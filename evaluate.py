@@ -195,9 +195,9 @@ def factors(dataset, rows):
 class Judge:
     """Says what is in a picture by the training picture most like it, in the features of a network trained for that.
 
-    It has only seen training pictures, augmented. `trunk` looks at images (B, 3, S, S), `project` makes features (B, 128)
-    of what it sees. The style of an emoji is named by a classifier of its own: where a thing's style was held out, its
-    nearest picture has another, and features that tell styles apart tell things apart less well.
+    It has only seen training pictures, augmented. `trunk` looks at images (B, 3, S, S), `project` makes features
+    (B, 128) of what it sees. The style of an emoji is named by a classifier of its own: where a thing's style was held
+    out, its nearest picture has another, and features that tell styles apart tell things apart less well.
     """
 
     def __init__(self, data, image_size, steps, seed=0):
