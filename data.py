@@ -663,10 +663,10 @@ def spread_rows(dataset, count):
 
 
 def spread(dataset, count):
-    """The images at `spread_rows`: (n, 3, S, S) in [-1, 1]."""
+    """The images at `spread_rows`, (n, 3, S, S) in [-1, 1], and their places: of one that cannot be read, the next."""
     rng = np.random.default_rng(0)
-    images = [get_readable(dataset, i, rng)[0] for i in spread_rows(dataset, count)]
-    return to_float(torch.stack(images))                                          # (n, 3, S, S)
+    images, rows = zip(*(get_readable(dataset, i, rng) for i in spread_rows(dataset, count)))
+    return to_float(torch.stack(images)), rows                                    # (n, 3, S, S)
 
 
 def ignore_signals(worker):

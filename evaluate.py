@@ -27,8 +27,8 @@ from torch import nn
 from ar import GPT
 from common import (Run, UserError, autocast, check_output, check_range, command, from_cli, learning_rate, nearest,
                     pick_device)
-from data import (BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, PLACES, SPEEDS, Emoji, Shapes, open_clips, open_data, spread,
-                  spread_rows)
+from data import (BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, PLACES, SPEEDS, Emoji, Shapes, open_clips, open_data,
+                  spread)
 from images import psnr, save_grid, ssim, to_float
 from model import FlexTok, powers_of_two
 from runs import Means
@@ -319,7 +319,8 @@ def copies(config):
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
     n, size = config.n, max(tokenizer.image_size)
     train, held_out = (Emoji(size, split, augment=False) for split in ("train", "held_out"))
-    images, unseen = spread(train, len(train)).to(gpt.device), spread(held_out, n).to(gpt.device)  # (N or n, 3, S, S)
+    (images, _), (unseen, unseen_rows) = spread(train, len(train)), spread(held_out, n)  # (N, 3, S, S), (n, 3, S, S)
+    images, unseen = images.to(gpt.device), unseen.to(gpt.device)
 
     def latents_of(images):
         parts = [tokenizer.vae.latents(part.clamp(-1, 1)) for part in images.split(64)]
@@ -337,7 +338,7 @@ def copies(config):
         least, middle, most = (x / near for x in (distance.min(), distance.median(), distance.max()))
         print(f"{name}: {(distance <= near).sum()} of {n} are near copies; nearest {least:.2f} to {most:.2f}, median "
               f"{middle:.2f} times the distance of a rebuilt training emoji", flush=True)
-    for name, emoji, rows in (("training", train, some.tolist()), ("held-out", held_out, spread_rows(held_out, n))):
+    for name, emoji, rows in (("training", train, some.tolist()), ("held-out", held_out, unseen_rows)):
         tokens = written(gpt, captions=[emoji.caption(i) for i in rows])
         nearest_one = torch.cdist(drawn(tokens), known).argmin(1).tolist()        # n: which emoji it looks like
         right = sum(train.label(j) == emoji.label(i) for i, j in zip(rows, nearest_one))
@@ -380,7 +381,7 @@ def rebuild(config):
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     size = max(tokenizer.image_size)
     held_out = open_data(config.data, size, config.split, augment=False)
-    images, rows = spread(held_out, config.n), spread_rows(held_out, config.n)    # (n, 3, S, S)
+    images, rows = spread(held_out, config.n)                                     # (n, 3, S, S)
     images = images.to(pick_device(config.device))
     scale = config.guidance_scale or tokenizer.recommended_guidance
     metrics, columns, header = reconstruction(tokenizer, images, config.timesteps, scale)
@@ -452,7 +453,8 @@ def generate(config):
         raise UserError(f"{config.prior}: was not trained on captions")
     size = max(tokenizer.image_size)
     held_out = open_data(config.data, size, config.split, augment=False)
-    images, rows = spread(held_out, config.n).to(gpt.device), spread_rows(held_out, config.n)  # (n, 3, S, S)
+    images, rows = spread(held_out, config.n)                                     # (n, 3, S, S)
+    images = images.to(gpt.device)
     judge = Judge(config.data, size, config.judge_steps)
     print(f"{len(images)} captions, {config.split} of {config.data}")
     wanted, real = judge.fair(factors(held_out, rows)), judge.look(images)

@@ -287,8 +287,8 @@ def reconstruct_clips(config):
         names = [os.path.basename(os.path.normpath(path)) for path in paths]
     else:  # of the same law as the preset's, but not seen in training
         held_out = MovingShapes(max(tokenizer.frame_size), "held_out", frames=sizes.frames)
-        videos = list(spread(held_out, config.n))                                 # n x (3, F, H, W)
-        names = [held_out.caption(i) for i in spread_rows(held_out, config.n)]
+        videos, rows = spread(held_out, config.n)                                 # (n, 3, F, H, W)
+        names = [held_out.caption(i) for i in rows]
     tokens = [tokenizer.tokenize(video[None], k=max(ks))[0][0] for video in videos]  # n x (t, k)
     rebuilt = {}
     for k in stops(config, ks) if config.ks == (0,) else ks:
@@ -378,7 +378,8 @@ def chosen(config, tokenizer):
         names, images = [os.path.basename(name) for name, _ in read], torch.stack([image for _, image in read])
     else:  # what the shipped weights were not trained on
         emoji = Emoji(max(tokenizer.image_size), "held_out", augment=False)
-        images, names = spread(emoji, config.n), [emoji.caption(i) for i in spread_rows(emoji, config.n)]
+        images, rows = spread(emoji, config.n)                                    # (n, 3, H, W)
+        names = [emoji.caption(i) for i in rows]
     return names, images.to(pick_device(config.device))
 
 

@@ -955,7 +955,7 @@ def test_vae_training_learns_saves_what_from_pretrained_opens_and_scales_latents
     assert metrics["held_out_psnr"] > first["psnr"] + 4 and np.mean([x["l1"] for x in later[-10:]]) < 0.7 * first["l1"]
     vae = VAE.from_pretrained(tmp_path / "run")
     with torch.no_grad():
-        latents = vae.latents(spread(open_data("shapes", 16, "train"), 256))
+        latents = vae.latents(spread(open_data("shapes", 16, "train"), 256)[0])
     assert abs(latents.std().item() - 1) < 1e-3
     files = ["config.json", "curves.png", WEIGHTS, "lock", "log.jsonl", "reconstructions.png", "resume.pt"]
     assert sorted(os.listdir(tmp_path / "run")) == files
@@ -1785,6 +1785,19 @@ def test_the_first_cached_view_of_an_image_is_the_image_as_it_is(tmp_path, tiny_
     assert (latents[n:n + 4] - wanted).abs().amax((1, 2, 3)).min() > 2e-3
 
 
+def test_spread_says_which_image_stands_for_one_that_cannot_be_read(capsys):
+    dataset = Shapes(16, length=6)
+    get = dataset.get
+    def failing(i, rng):
+        if i == 2:
+            raise UserError("broken")
+        return get(i, rng)
+    dataset.get = failing
+    images, rows = spread(dataset, 3)
+    assert rows == (0, 3, 4) and "skipped broken" in capsys.readouterr().err
+    assert torch.equal(images, to_float(torch.stack([get(i, None) for i in rows])))
+
+
 def test_half_of_what_a_cache_gives_is_the_image_as_it_is(tmp_path):
     dataset, run, rng = Shapes(16, length=3), Run(torch.device("cpu")), np.random.default_rng(0)
     for views, plain, share in ((1, True, 1), (2, True, 1 / 2), (5, True, 1 / 2), (5, False, 1 / 5)):
@@ -2220,14 +2233,14 @@ def test_muon_is_that_of_torch_and_the_rest_adamw():
                            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0}], 1e-3, (0.9, 0.99))])
     x, before = torch.randn(32, 16), [p.clone() for p in ours[0].parameters()]
     for _ in range(5):
-        for model, optimizers in (ours, theirs):
-            first, second = model.trunk.blocks
-            model.head(first.adaln(first[:4](second(x)))).square().mean().backward()
+        for trained, optimizers in (ours, theirs):
+            first, second = trained.trunk.blocks
+            trained.head(first.adaln(first[:4](second(x)))).square().mean().backward()
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] if optimizer in theirs[1] else 1e-3 * group["lr_scale"]
                 optimizer.step()
-            assert all(p.grad is not None for p in model.parameters())  # a recorded step writes to the same ones
+            assert all(p.grad is not None for p in trained.parameters())  # a recorded step writes to the same ones
             for optimizer in optimizers:
                 optimizer.zero_grad()
     for start, p, q in zip(before, ours[0].parameters(), theirs[0].parameters()):
@@ -4293,7 +4306,7 @@ def test_clips_go_through_every_command_of_sample(clip_run, tmp_path, monkeypatc
 def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sequences = evaluate.open_tokenizer(clip_run)
-    tokenizer, batch = sequences.tokenizer, spread(MovingShapes(8, frames=9), 3)   # (3, 3, 9, 8, 8)
+    tokenizer, batch = sequences.tokenizer, spread(MovingShapes(8, frames=9), 3)[0]  # (3, 3, 9, 8, 8)
     rows = torch.cat(tokenizer.tokenize(batch))                                   # (3, 3, 4)
     flat = torch.cat(sequences.tokenize(batch))
     assert flat.shape == (3, 12) and sequences.rows == 3 and sequences.config.registers == 12
@@ -4340,7 +4353,7 @@ def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypat
 
 def test_reconstruction_measures_each_k_as_one_would_by_hand(tiny_tokenizer):
     tokenizer = FlexTok.from_pretrained(tiny_tokenizer)
-    images = evaluate.spread(Shapes(16, "held_out"), 66)                          # more than one part of 64
+    images, _ = evaluate.spread(Shapes(16, "held_out"), 66)                       # more than one part of 64
     metrics, columns, header = evaluate.reconstruction(tokenizer, images, timesteps=2)
     assert header == ["original", "VAE", "k=1", "k=2", "k=4"] and metrics["ks"] == [1, 2, 4]
     tokens, generator = tokenizer.tokenize(images, k=2), torch.Generator().manual_seed(0)
@@ -5679,7 +5692,7 @@ def test_every_preset_describes_a_model_that_can_be_built():
 
 def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
     tokenizer = FlexTok.from_pretrained(sample.SHIPPED)
-    images = evaluate.spread(Emoji(64, "held_out", augment=False, styles=("noto",)), 16)
+    images, _ = evaluate.spread(Emoji(64, "held_out", augment=False, styles=("noto",)), 16)
     K = tokenizer.config.registers
     tokens = tokenizer.tokenize(images)
     rebuilt = [psnr(evaluate.draw(tokenizer, [row[:, :k] for row in tokens], 10), images).mean() for k in (1, 4, K)]
@@ -5691,7 +5704,7 @@ def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
 
 def test_sampling_in_bfloat16_draws_nearly_the_same_and_a_cpu_stays_in_float32_unless_asked(tmp_path, monkeypatch):
     tokenizer = FlexTok.from_pretrained(sample.SHIPPED)
-    tokens = tokenizer.tokenize(evaluate.spread(Emoji(64, "held_out", augment=False), 4))
+    tokens = tokenizer.tokenize(evaluate.spread(Emoji(64, "held_out", augment=False), 4)[0])
     configs = [sample.Decode(timesteps=10, device="cpu", precision=precision) for precision in ("auto", "fp32", "bf16")]
     auto, single, half = (sample.sample(tokenizer, tokens, config) for config in configs)
     assert torch.equal(auto, single) and half.dtype == torch.float32

@@ -27,7 +27,7 @@ from ar import GPT, SIZES, GPTConfig
 from clips import save_clip_grid
 from common import (Log, UserError, attention_kernel, autocast, check_range, command, compile_blocks, from_cli,
                     generator, init_distributed, shipped)
-from data import Cached, Films, MovingShapes, Shapes, batches, get_readable, open_clips, open_data, spread_rows
+from data import Cached, Films, MovingShapes, Shapes, batches, open_clips, open_data, spread
 from evaluate import GROUPS, by_position, held_out_loss, open_tokenizer, sample_grid
 from images import draw_curves, save_grid, to_float
 from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, optimizer_for,
@@ -266,11 +266,9 @@ def open_split(config, tokenizer, split, augment=False):
 
 def tokens_of(dataset, tokenizer, count, T):
     """The first T tokens of `count` images spread over a data set (n, T), their labels (n,), and their captions."""
-    rows = spread_rows(dataset, count)
-    images, picked = zip(*(get_readable(dataset, i, np.random.default_rng(0)) for i in rows))
-    images = to_float(torch.stack(images))                                        # (n, 3, H, W)
+    images, rows = spread(dataset, count)                                         # (n, 3, H, W)
     tokens = torch.cat([row for part in images.split(64) for row in tokenizer.tokenize(part, k=T)]).cpu()    # (n, T)
-    return tokens, torch.tensor([dataset.label(i) for i in picked]), [dataset.caption(i) for i in picked]
+    return tokens, torch.tensor([dataset.label(i) for i in rows]), [dataset.caption(i) for i in rows]
 
 
 def go_on_from(directory, gpt):

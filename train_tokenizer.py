@@ -383,7 +383,7 @@ def train(config, run, checkpoints, dataset):
         return {}
     vae = VAE.from_pretrained(vae_directory).to(run.device).requires_grad_(False)
     held_out = open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed)
-    eval_images = spread(held_out, config.eval_images).to(run.device)             # (n, 3, H, W)
+    eval_images = spread(held_out, config.eval_images)[0].to(run.device)          # (n, 3, H, W)
     if config.cache_latents:
         dataset = cache_latents(dataset, vae, config, run)
 

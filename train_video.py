@@ -249,7 +249,7 @@ def train(config, run, checkpoints):
     # ---- data -------------------------------------------------------------------------------------------------
     dataset, held_out = (open_clips(config.data, config.image_size, split, config.seed, config.frames)
                          for split in ("train", "held_out"))
-    eval_clips = spread(held_out, config.eval_clips).to(run.device)               # (n, 3, F, H, W)
+    eval_clips = spread(held_out, config.eval_clips)[0].to(run.device)            # (n, 3, F, H, W)
 
     def seconds_after_vae(vae):
         a_clip, the_training = seconds_to_come(config, run, FrameVAE(vae))

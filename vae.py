@@ -519,8 +519,8 @@ def main(config, part="", later=0.0):
 def train(config, run, checkpoints, dataset, part, later):
     """The run itself; see `main`."""
     # ---- data -------------------------------------------------------------------------------------------------
-    held_out = spread(open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed), 256)
-    calibration = spread(dataset, 256)  # for the scaling factor
+    held_out, _ = spread(open_data(config.data, config.image_size, "held_out", augment=False, seed=config.seed), 256)
+    calibration, _ = spread(dataset, 256)  # for the scaling factor
 
     # ---- model ------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)  # the same weights on every process

@@ -80,7 +80,7 @@ def attention(device):
 def tokenizer(device):
     """The shipped tokenizer: tokens, images, and waits a sampler step."""
     here, there = FlexTok.from_pretrained(SHIPPED), FlexTok.from_pretrained(SHIPPED, device=device)
-    images = spread(Emoji(64, "held_out", augment=False), 16)                     # (16, 3, 64, 64)
+    images, _ = spread(Emoji(64, "held_out", augment=False), 16)                  # (16, 3, 64, 64)
     tokens, found = torch.cat(here.tokenize(images)), torch.cat(there.tokenize(images)).cpu()  # (16, K)
     yield "share of other tokens, float32", (tokens != found).float().mean().item(), 0.03
     for k in (1, 32):
