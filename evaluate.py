@@ -195,9 +195,8 @@ def factors(dataset, rows):
 class Judge:
     """Says what is in a picture by the training picture most like it, in the features of a network trained for that.
 
-    It has only seen training pictures, augmented. `trunk` looks at images (B, 3, S, S), `project` makes features
-    (B, 128) of what it sees. The style of an emoji is named by a classifier of its own: where a thing's style was held
-    out, its nearest picture has another, and features that tell styles apart tell things apart less well.
+    `net`: images (B, 3, S, S) -> features (B, 128), of length 1. It has only seen training pictures, augmented. The
+    style of an emoji it names by a classifier: where a thing's style was held out, its nearest picture has another.
     """
 
     def __init__(self, data, image_size, steps, seed=0):
@@ -206,8 +205,7 @@ class Judge:
         layers = []
         for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
-        self.project, self.style = nn.Linear(2048, 128), nn.Linear(2048, 4)
+        self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, 128))
         plain = open_data(data, image_size, "train", augment=False)
         rows = range(min(len(plain), 10_000))
         self.answers = factors(plain, rows)
@@ -216,10 +214,9 @@ class Judge:
         self.features = self.look(self.pictures)                                  # (N, 128)
 
     def _learn(self, dataset, steps, rng):
-        heads = nn.ModuleDict({name: nn.Linear(128, 1 + int(x.max()), bias=False) for name, x in self.answers.items()
-                               if name != "style"})
-        parts = (self.trunk, self.project, self.style, heads)
-        optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()], weight_decay=0.05)
+        heads = self.heads = nn.ModuleDict(
+            {name: nn.Linear(128, 1 + int(x.max())) for name, x in self.answers.items()})
+        optimizer = torch.optim.AdamW([*self.net.parameters(), *heads.parameters()], weight_decay=0.05)
         known = len(next(iter(self.answers.values())))
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -227,13 +224,8 @@ class Judge:
             rows = rng.integers(known, size=64)
             images = to_float(torch.stack([dataset.get(int(i), rng) for i in rows]))  # (64, 3, S, S)
             images = images + 0.05 * torch.randn_like(images)  # so that it does not hang on single levels
-            seen = self.trunk(images)                                             # (64, 2048)
-            features = F.normalize(self.project(seen))                            # (64, 128)
-            # each answer has a direction of its own; 32 times the cosine with it is its logit
-            loss = sum(F.cross_entropy(32 * F.linear(features, F.normalize(head.weight)), self.answers[name][rows])
-                       for name, head in heads.items())
-            if "style" in self.answers:
-                loss = loss + F.cross_entropy(self.style(seen), self.answers["style"][rows])
+            features = 8 * F.normalize(self.net(images))                          # (64, 128)
+            loss = sum(F.cross_entropy(heads[name](features), x[rows]) for name, x in self.answers.items())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -241,8 +233,7 @@ class Judge:
     @torch.no_grad()
     def look(self, images):
         """images (B, 3, S, S) -> features (B, 128), of length 1, on the CPU."""
-        seen = [self.trunk(part.clamp(-1, 1).cpu()) for part in images.split(256)]
-        return F.normalize(self.project(torch.cat(seen)))                         # (B, 128)
+        return torch.cat([F.normalize(self.net(part.clamp(-1, 1).cpu())) for part in images.split(256)])
 
     def verdict(self, images, wanted):
         """images (n, 3, S, S), wanted as `factors` gives it -> {name: (n,) float}, 1 where right; features (n, 128).
@@ -254,7 +245,7 @@ class Judge:
         said = {name: self.answers[name][most_like] for name in wanted}           # (n,) each
         if "style" in wanted:
             with torch.no_grad():
-                said["style"] = self.style(self.trunk(images.clamp(-1, 1).cpu())).argmax(1)  # (n,)
+                said["style"] = self.heads["style"](8 * features).argmax(1)       # (n,)
         right = {name: (said[name] == x).float() for name, x in wanted.items()}
         return {**right, "nearest": psnr(images.cpu(), self.pictures[most_like])}, features
 
