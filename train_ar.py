@@ -89,7 +89,7 @@ class ARConfig:
 PAPER = dict(data="data/imagenet/train", tokenizer="out/d18-d28", condition=("class",), views=10, batch_size=1024,
              micro_batch=64, steps=375_000, warmup=37_500, lr=1.2e-3, mup_base_width=640, workers=8)
 PRESETS = {
-    "cpu": dict(          # a CPU core, 10 minutes, after train_tokenizer.py --preset cpu: drawn scenes
+    "cpu": dict(          # a CPU core, 7 minutes, after train_tokenizer.py --preset cpu: drawn scenes
         data="shapes", tokenizer="out/cpu", out="out/cpu-prior", views=10, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0,
         steps=4000, batch_size=32, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.997, eval_every=2000),

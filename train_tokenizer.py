@@ -108,7 +108,7 @@ PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batc
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, scale_codes=True, pure_noise_share=0.3, t_mean=0.5,
              muon_lr=0.01, levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
 PRESETS = {
-    "cpu": dict(          # a CPU core, 12 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
+    "cpu": dict(          # a CPU core, 11 minutes with its VAE: drawn scenes at 32 px, 16 tokens of 10 bits
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.1,
         steps=4500, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2250, eval_guidance=2.5),
