@@ -307,19 +307,21 @@ def make_quantizer(config):
 
 
 def law_of_k(u, K, mode):
-    """The law of k, upside down: a number u (B,) in [0, 1) -> k (B,) int64 in 1..K, which grows with u.
+    """The law of k, upside down: a number u (B,) float64 in [0, 1) -> k (B,) int64 in 1..K, which grows with u.
 
     Modes: "uniform" over 1..K; "pow2" over 1, 2, 4, ..., K, as much training for 1 token as for 256; "uniform_pow2"
-    uniform, then rounded up to a power of two (half keep all K); else ValueError.
+    uniform, then rounded up to a power of two (half keep all K); "mixed" half of both; else ValueError.
     """
     # FORK: another law of k. Return what a share u of all samples may have at most: whole numbers that grow with u.
-    if mode == "pow2":
-        choices = torch.tensor(powers_of_two(K))
-        return choices[(u * len(choices)).long()]                                 # (B,)
-    if mode not in ("uniform", "uniform_pow2"):
-        raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2 or uniform_pow2")
-    k = (u * K).long() + 1                                                        # (B,)
-    return k if mode == "uniform" else torch.tensor([min(1 << (x - 1).bit_length(), K) for x in k.tolist()])
+    if mode == "uniform":
+        return (u * K).long() + 1                                                 # (B,)
+    choices = torch.tensor(powers_of_two(K))                                      # (n,)
+    even = torch.full(choices.shape, 1 / len(choices), dtype=torch.float64)       # (n,), each one's share
+    rounded_up = choices.diff(prepend=torch.tensor([0])) / K                      # (n,)
+    shares = {"pow2": even, "uniform_pow2": rounded_up, "mixed": (even + rounded_up) / 2}
+    if mode not in shares:
+        raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2, uniform_pow2 or mixed")
+    return choices[torch.searchsorted(shares[mode].double().cumsum(0)[:-1], u, right=True)]  # (B,)
 
 
 def sample_k(B, K, mode, null_p=0.0, generator=None):

@@ -611,12 +611,14 @@ def test_nested_dropout_draws_k_as_each_mode_says():
     shares = with_null.flatten().bincount() / with_null.numel()
     assert (shares[[0, 1, 2, 4, 8]] - torch.tensor([0.1, *4 * [0.225]])).abs().max() < 0.01
     assert draw("uniform", 4, 6, 1.0).max() == 0
-    with pytest.raises(ValueError, match="expected uniform, pow2 or uniform_pow2"):
+    shares = draw("mixed", 16).flatten().bincount() / (400 * 48)  # half of 1/5 each, half of 1, 1, 2, 4 and 8 of 16
+    assert (shares[[1, 2, 4, 8, 16]] - torch.tensor([0.13125, 0.13125, 0.1625, 0.225, 0.35])).abs().max() < 0.01
+    with pytest.raises(ValueError, match="expected uniform, pow2, uniform_pow2 or mixed"):
         draw("pow3", 8)
 
 
 @pytest.mark.parametrize("B, parts", [(256, 8), (64, 4), (8, 2), (24, 3), (7, 1)])
-@pytest.mark.parametrize("mode", ["pow2", "uniform", "uniform_pow2"])
+@pytest.mark.parametrize("mode", ["pow2", "uniform", "uniform_pow2", "mixed"])
 def test_groups_have_the_same_shapes_in_every_step_and_part_of_a_batch(B, parts, mode):
     seeded, rooms = torch.Generator().manual_seed(0), set()
     for _ in range(30):

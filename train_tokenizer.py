@@ -67,7 +67,7 @@ class TrainConfig:
     init: str = ""                   # a trained tokenizer of these sizes to go on from; empty: random weights
     freeze_encoder: bool = False     # train the decoder alone: tokens, and a prior over them, stay valid
     # method
-    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2 or uniform_pow2
+    nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2, uniform_pow2 or mixed
     autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.1 if short
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
     t_sampler: str = "logit_normal"  # logit_normal or uniform
@@ -112,14 +112,15 @@ PRESETS = {
         SHORT, data="shapes", image_size=32, vae_preset="shapes32", out="out/cpu", cache_latents=1,
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.1,
         steps=4500, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2250, eval_guidance=2.5),
-    "emoji64-cpu": dict(  # two CPU cores by torchrun, 1½ hours with its VAE: emoji at 64 px, 64 tokens of 10 bits
+    "emoji64-cpu": dict(  # a CPU core, 50 minutes with its VAE: emoji at 64 px, 64 tokens of 10 bits
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=8,
-        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.06,
-        steps=11_000, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.999, eval_every=2750, eval_guidance=3.0),
-    "emoji64": dict(      # one H100, 5 minutes with --compile and a VAE at hand: a deeper model, more views
+        enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, nested_dropout="mixed",
+        autoencoder_share=0.15, steps=2400, batch_size=64, lr=1.5e-3, warmup=100, ema_decay=0.998, eval_every=1200,
+        eval_guidance=3.0),
+    "emoji64": dict(      # one H100, 5 minutes with --compile and a VAE at hand (run with AdamW): a deeper model
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=16, workers=4,
-        patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, autoencoder_share=0.15,
-        steps=16_000, batch_size=256, lr=1.5e-3, warmup=500, ema_decay=0.999, eval_every=4000),
+        patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, nested_dropout="mixed",
+        autoencoder_share=0.15, steps=16_000, batch_size=256, lr=1.5e-3, warmup=500, ema_decay=0.999, eval_every=4000),
     "d12-d12": dict(      # the paper's small one: 8 H100, 10 hours by arithmetic (not run), ImageNet in --data
         PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
     "d18-d18": dict(      # the paper's middle one: 8 H100, 1.4 days by arithmetic (not run)

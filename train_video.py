@@ -72,7 +72,7 @@ class VideoTrainConfig:
     # method
     stage_2: float = 0.25            # the share of the steps, at the end, that is stage 2
     first_frame_p: float = 0.5       # in stage 2: chance per clip that its first latent frame is given
-    nested_dropout: str = "pow2"     # how k is drawn, one for all rows of a clip: uniform, pow2 or uniform_pow2
+    nested_dropout: str = "pow2"     # how k is drawn, one for all rows: uniform, pow2, uniform_pow2 or mixed
     autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.4 if short
     null_p: float = 0.1              # chance per clip to be trained without tokens, which guidance needs
     t_sampler: str = "logit_normal"  # logit_normal or uniform
