@@ -731,8 +731,8 @@ class Cached:
     version v of image i. Beside it <path>.json says who made it, and how many rows are done: if stopped, it goes on.
 
     shape, dtype: of what is made of one image. made_by: all that decides the values, {name: plain value}. first: a data
-    set of the images as they are, for version 0, which then is half of all that `get` gives: what a model is asked for
-    later is not moved or tinted. labels, captions: of the images, where they are needed.
+    set of the images as they are, for version 0, which then is half of all that `get` gives (all, if views is 1): what
+    a model is asked for later is not moved or tinted. labels, captions: of the images, where they are needed.
     Raises `UserError` if the file was made by something else or is damaged, if another process is writing it, or if the
     disk has no room for it.
     """
@@ -742,8 +742,8 @@ class Cached:
         self.dataset, self.first, self.classes = dataset, first or dataset, dataset.classes
         self.labels, self.captions = labels, captions
         self.shape, self.dtype, self.rows = (self.n * views, *shape), np.dtype(dtype), None
-        self.made_by = {**made_by, "images": self.n, "views": views, "plain": first is not None, "seed": seed,
-                        "files": files_digest(dataset)}
+        self.made_by = {**made_by, "images": self.n, "views": views, "seed": seed, "files": files_digest(dataset),
+                        **({"plain": True} if first is not None else {})}
         self.state = {"made_by": self.made_by, "done": 0, "replaced": []}
         self.state_path = path + ".json"
 

@@ -317,11 +317,11 @@ def law_of_k(u, K, mode):
         return (u * K).long() + 1                                                 # (B,)
     choices = torch.tensor(powers_of_two(K))                                      # (n,)
     even = torch.full(choices.shape, 1 / len(choices), dtype=torch.float64)       # (n,), each one's share
-    rounded_up = choices.diff(prepend=torch.tensor([0])) / K                      # (n,)
+    rounded_up = choices.diff(prepend=torch.tensor([0])).double() / K             # (n,)
     shares = {"pow2": even, "uniform_pow2": rounded_up, "mixed": (even + rounded_up) / 2}
     if mode not in shares:
         raise ValueError(f"nested dropout mode {mode!r}: expected uniform, pow2, uniform_pow2 or mixed")
-    return choices[torch.searchsorted(shares[mode].double().cumsum(0)[:-1], u, right=True)]  # (B,)
+    return choices[torch.searchsorted(shares[mode].cumsum(0)[:-1], u, right=True)]  # (B,)
 
 
 def sample_k(B, K, mode, null_p=0.0, generator=None):

@@ -222,7 +222,7 @@ def check_run(config, run):
     check_range(config, 1, math.inf, "steps", "batch_size", "warmup", "log_every", "eval_every")
     check_range(config, 0, math.inf, "workers", "stop_at")
     check_range(config, 0, 1, "ema_decay")
-    check_range(config, 1e-12, 1, "lr")
+    check_range(config, 1e-12, 1, "lr")  # not 0: that of Muon is a multiple of it
     check_range(config, 1e-9, math.inf, "grad_clip")
     check_range(config, 0, 2**31 - 1, "seed")
     autocast(run.device, config.precision)
@@ -458,8 +458,7 @@ def optimizer_for(model, config, groups=None):
     groups.append({"params": matrices, "muon": True, "weight_decay": config.weight_decay,
                    "lr_scale": config.muon_lr / config.lr})
     bf16 = config.precision == "bf16" or config.precision == "auto" and has_native_bf16(matrices[0].device)
-    return Muon([group for group in groups if group["params"]], torch.bfloat16 if bf16 else torch.float32, lr=config.lr,
-                betas=betas, fused=True)
+    return Muon(groups, torch.bfloat16 if bf16 else torch.float32, lr=config.lr, betas=betas, fused=True)
 
 
 class Muon(torch.optim.AdamW):
@@ -477,7 +476,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups, dtype, **settings):
         """dtype: in which U·Vᵀ is computed; bf16 will do where the hardware has it."""
         super().__init__(groups, **settings)
-        self.dtype, self._step_supports_amp_scaling = dtype, False  # with fp16, the Scaler asks whether to step at all
+        self.dtype, self._step_supports_amp_scaling = dtype, False  # fp16: the Scaler asks, and waits, whether to step
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -287,8 +287,8 @@ def reconstruct_clips(config):
         names = [os.path.basename(os.path.normpath(path)) for path in paths]
     else:  # of the same law as the preset's, but not seen in training
         held_out = MovingShapes(max(tokenizer.frame_size), "held_out", frames=sizes.frames)
-        videos, rows = spread(held_out, config.n)                                 # (n, 3, F, H, W)
-        names = [held_out.caption(i) for i in rows]
+        videos, places = spread(held_out, config.n)                               # (n, 3, F, H, W)
+        names = [held_out.caption(i) for i in places]
     tokens = [tokenizer.tokenize(video[None], k=max(ks))[0][0] for video in videos]  # n x (t, k)
     rebuilt = {}
     for k in stops(config, ks) if config.ks == (0,) else ks:

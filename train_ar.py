@@ -43,7 +43,7 @@ class ARConfig:
     data: str = "emoji"                  # emoji, shapes, or a folder of images; of clips: moving, or a folder
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
-    views: int = 10                      # versions of each image, the first, half of all, as it is; of shapes, scenes
+    views: int = 10                      # versions of each image, half of all as it is; of shapes: more scenes
     out: str = "out/prior"               # the run's directory
     init: str = ""                       # a trained prior of these sizes to go on from; empty: random weights
     workers: int = 0                     # processes that load tokens, per GPU
@@ -65,10 +65,10 @@ class ARConfig:
     micro_batch: int = 0                 # images per forward pass and process; 0: all at once
     lr: float = 6e-4                     # peak learning rate
     muon_lr: float = 0.0                 # the same of Muon, for matrices of blocks; 0: AdamW, official; 0.01 if short
-    mup_base_width: int = 0              # muP: matrices learn at lr·base/width; 0: off
+    mup_base_width: int = 0              # muP: AdamW's matrices learn at lr·base/width; 0: off
     warmup: int = 1000                   # steps
     beta2: float = 0.95                  # of AdamW; beta1 is 0.9
-    weight_decay: float = 0.05           # of AdamW, on matrices only
+    weight_decay: float = 0.05           # on matrices only
     grad_clip: float = 1.0               # largest gradient norm
     ema_decay: float = 0.9999            # decay of the averaged weights
     # running
@@ -246,12 +246,15 @@ def seconds_to_come(config, run, tokenizer, classes):
     b = config.batch_size // run.world
     gpt, micro = build_prior(config, tokenizer, classes).to(run.device), config.micro_batch or b
     tokens = torch.randint(gpt.config.vocab_size, (micro, gpt.config.length), device=run.device)  # (micro, T)
+    muon = optimizer_for(gpt, config, parameter_groups(gpt, config)) if config.muon_lr else None
 
     def step():
         with autocast(run.device, config.precision), attention_kernel(run.device):
             words = gpt.text_encoder.tokenize(["a few words"] * micro) if gpt.text_encoder else (None, None)
             loss, _ = training_loss(gpt, tokens, None, *words)
         loss.backward()
+        if muon:
+            muon.step()
         return loss.detach()
     return config.steps * seconds_of(step) * b / micro
 
@@ -431,8 +434,8 @@ def check(config, run):
     check_run(config, run)
     check_range(config, 1, math.inf, "eval_images", "views", "width", "depth", "head_dim", "caption_width",
                 "caption_depth", "caption_words")
-    check_range(config, 0, math.inf, "length", "micro_batch", "mup_base_width", "weight_decay", "muon_lr", "cfg_scale")
-    check_range(config, 0, 1, "word_dropout", "beta2")
+    check_range(config, 0, math.inf, "length", "micro_batch", "mup_base_width", "weight_decay", "cfg_scale")
+    check_range(config, 0, 1, "word_dropout", "beta2", "muon_lr")
     if not 0 <= config.condition_dropout < 1:
         raise UserError(f"--condition_dropout {config.condition_dropout}: expected at least 0 and less than 1")
     if config.caption_width % CaptionConfig.head_dim:

@@ -68,7 +68,7 @@ class TrainConfig:
     freeze_encoder: bool = False     # train the decoder alone: tokens, and a prior over them, stay valid
     # method
     nested_dropout: str = "pow2"     # how k is drawn: uniform, pow2, uniform_pow2 or mixed
-    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.1 if short
+    autoencoder_share: float = 0.0   # the share that begins at t = 1, all tokens; 0 official, 0.1-0.15 if short
     null_p: float = 0.1              # chance per sample to be trained without tokens, which guidance needs
     t_sampler: str = "logit_normal"  # logit_normal or uniform
     t_mean: float = 0.0              # of logit_normal; above 0 moves t towards noise
@@ -263,11 +263,14 @@ def seconds_to_come(config, run, vae):
     images = torch.zeros(micro, 3, side, side, dtype=torch.uint8, device=run.device)
     alone = replace(config, batch_size=micro)
     latents = encode(vae, images, config, Run(run.device), 0)                     # (micro, C, h, w)
+    muon = optimizer_for(tokenizer, config) if config.muon_lr else None  # AdamW's time is nothing, its memory is not
 
     def step():
         with autocast(run.device, config.precision), attention_kernel(run.device):
             loss = training_loss(tokenizer, latents, *draw_noise(alone, config.steps, latents, Run(run.device))).mean()
         loss.backward()
+        if muon:
+            muon.step()
         return loss.detach()
     an_image = seconds_of(lambda: encode(vae, images, config, Run(run.device), 0).sum()) / micro
     return an_image, config.steps * seconds_of(step) * b / micro
@@ -492,9 +495,9 @@ def check_method(config):
     check_range(config, 1, math.inf, "image_size", "patch_size", "enc_depth", "dec_depth", "head_dim", "registers",
                 "eval_timesteps")
     check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "position_std", "code_std", "head_std",
-                "weight_decay", "muon_lr", "eval_guidance")
+                "weight_decay", "eval_guidance")
     check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
-                "beta2")
+                "beta2", "muon_lr")
     check_range(config, -20, 20, "t_mean")
     if config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")

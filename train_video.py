@@ -82,7 +82,7 @@ class VideoTrainConfig:
     steps: int = 100_000             # optimizer steps
     batch_size: int = 64             # clips per step
     lr: float = 5e-4                 # peak learning rate
-    muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official; 0.01 if short
+    muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
     weight_decay: float = 0.0        # on matrices only
@@ -151,7 +151,7 @@ def enter_stage(tokenizer, second):
     for part in (tokenizer.encoder, tokenizer.quantizer):
         part.requires_grad_(not second)
         if second:
-            part.zero_grad(set_to_none=True)  # with gradients of zero, AdamW would still follow its momentum
+            part.zero_grad(set_to_none=True)  # with gradients of zero, the optimizer would still follow its momentum
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ H = f·h with f = 2^(levels - 1). Paper: FlexTok, arXiv 2502.13967, uses the SD/
 with f = 8 and C = 4, 8 or 16. Same modules, same key names as diffusers' AutoencoderKL: its directories load here, and
 ours there. Difference: we leave out the perceptual (LPIPS) loss, which needs a downloaded network.
 
-    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU thread, 4 minutes
+    python vae.py --preset shapes32 --out out/vae_shapes                         # a CPU thread, 3 minutes
     python vae.py --preset in1k --data /data/imagenet/train --out out/vae_in1k   # one GPU
     torchrun --nproc_per_node 8 vae.py --preset in1k --data ... --out ...        # eight
 
@@ -396,7 +396,7 @@ class VAETrainConfig:
 
 
 PRESETS = {
-    "shapes32": dict(  # one core of a small cloud machine, 4 minutes: drawn scenes at 32 px
+    "shapes32": dict(  # one core of a small cloud machine, 3 minutes: drawn scenes at 32 px
         data="shapes", out="out/vae_shapes32", image_size=32, latent_channels=4, block_out_channels=(16, 32, 64),
         batch_size=8, steps=2500, lr=1e-3, warmup=50, kl_weight=1e-3, ema_decay=0.998),
     "emoji64": dict(   # 22 minutes of CPU time: emoji at 64 px, 24 numbers become 1, 27.2 dB held out

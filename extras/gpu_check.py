@@ -28,7 +28,8 @@ from common import autocast, pick_device
 from data import Emoji, spread
 from extras.bench import PRESETS, BenchConfig, build
 from model import FlexTok, full_attention, prefix_causal_attention, room_for
-from runs import Average
+from runs import Average, optimizer_for
+from train_tokenizer import TrainConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHIPPED = os.path.join(ROOT, "assets", "emoji64")
@@ -124,7 +125,7 @@ def training(device):
         model = build(BenchConfig(**PRESETS["tiny"]), torch.device("cpu"), vae_width=8)  # its gates are open
         model, gradients = model.to(where).train(), []
         ema, trained = Average(model, 0.9), [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+        optimizer = optimizer_for(model, TrainConfig(lr=1e-3, muon_lr=1e-3, precision="fp32"))
         for batch in batches:
             latents, noise, t = (x.to(where) for x in batch)
             v = model(latents, flow.interpolate(latents, noise, t), t, k_keep, room_for(k_keep, 32))  # (B, C, h, w)

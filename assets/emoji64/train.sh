@@ -2,8 +2,8 @@
 # How the weights in this folder were made; run it in the repository's folder. Times: RESULTS.md. Seeds are 0; what
 # differs when it is repeated is in which order a GPU adds.
 set -e
-# the code of then: the preset has changed since (Muon, half of the views plain, another law of k) and waits for a GPU
-git checkout d289269
+# The preset has changed since (Muon, half of the views plain, another law of k) and was not run on a GPU: the code of then
+git worktree add out/then d289269 && cd out/then
 # the VAE, 24 numbers become 1: 22 minutes of CPU time
 python vae.py --preset emoji64
 # the tokenizer, and a prior over its tokens: 7 minutes of an H100. (The prior was stopped at step 4,653 of 6,000.)
