@@ -64,7 +64,7 @@ class ARConfig:
     batch_size: int = 256                # images per step over all processes and micro-batches
     micro_batch: int = 0                 # images per forward pass and process; 0: all at once
     lr: float = 6e-4                     # peak learning rate
-    muon_lr: float = 0.0                 # the same of Muon, for matrices of blocks; 0: AdamW, official; 0.01 if short
+    muon_lr: float = 0.0                 # peak for matrices of blocks, by Muon; 0: by AdamW, official; 0.01 if short
     mup_base_width: int = 0              # muP: AdamW's matrices learn at lr·base/width; 0: off
     warmup: int = 1000                   # steps
     beta2: float = 0.95                  # of AdamW; beta1 is 0.9
@@ -97,7 +97,7 @@ PRESETS = {
         data="moving", tokenizer="out/video-cpu", out="out/video-cpu-prior", views=1, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0, condition=("text",),
         steps=3000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1500),
-    "emoji64-cpu": dict(  # a CPU core, 15 minutes, after train_tokenizer.py --preset emoji64-cpu
+    "emoji64-cpu": dict(  # a CPU core, after train_tokenizer.py --preset emoji64-cpu (not run to its end with Muon)
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=4, width=192, depth=4,
         head_dim=48, caption_width=96, word_dropout=0.3, cfg_scale=2.0,
         steps=3000, batch_size=32, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.997, eval_every=1500),

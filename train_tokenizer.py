@@ -78,7 +78,7 @@ class TrainConfig:
     batch_size: int = 256            # images per step over all processes and micro-batches
     micro_batch: int = 0             # images per forward pass and process; 0: all at once
     lr: float = 5e-4                 # peak learning rate
-    muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official; 0.01 if short
+    muon_lr: float = 0.0             # peak for matrices of blocks, by Muon; 0: by AdamW, official; 0.01 if short
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
     weight_decay: float = 0.0        # on matrices only

@@ -82,7 +82,7 @@ class VideoTrainConfig:
     steps: int = 100_000             # optimizer steps
     batch_size: int = 64             # clips per step
     lr: float = 5e-4                 # peak learning rate
-    muon_lr: float = 0.0             # the same of Muon, for the matrices of blocks; 0: AdamW, official
+    muon_lr: float = 0.0             # peak for matrices of blocks, learned by Muon; 0: by AdamW, official
     warmup: int = 1000               # steps
     beta2: float = 0.99              # of AdamW; beta1 is 0.9
     weight_decay: float = 0.0        # on matrices only
