@@ -344,19 +344,11 @@ def learning_rate(step, peak, warmup, steps, final=0.01):
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def number_of(*key):
-    """A seed for `key`, say (seed, step, "noise"). Hashed: torch's CPU generator uses the lowest 32 bits only."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-
-
 def generator(device, *key):
-    """A random generator on `device` for `key`: what it draws depends on nothing else."""
-    return torch.Generator(device).manual_seed(number_of(*key))
-
-
-def seed_step(seed, step, run):
-    """Seed torch's global generators for this step and rank."""
-    torch.manual_seed(number_of(seed, step, run.rank))
+    """A random generator on `device` for `key`, say (seed, step, "noise"): what it draws depends on nothing else."""
+    # hashed, as torch's CPU generator uses the lowest 32 bits of a seed only
+    hashed = hashlib.sha256(repr(key).encode()).digest()[:7]
+    return torch.Generator(device).manual_seed(int.from_bytes(hashed, "little"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

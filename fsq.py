@@ -20,13 +20,10 @@ class FSQ(nn.Module):
     """Quantise the last axis: dimension i takes exactly `levels[i]` values, evenly spaced.
 
     levels: L whole numbers, each from 2 to 64. vocab_size = their product; it must fit into int64.
-    drop_quant_p: in training, the chance per sample that its codes stay un-rounded (bounded only).
-    corrupt_tokens_p: in training, the chance per sample that a random share of its tokens becomes random tokens.
-    Both are off by default, as in the released models (which values the paper trained with is not known).
     Raises ValueError if a level count is out of range.
     """
 
-    def __init__(self, levels, drop_quant_p=0.0, corrupt_tokens_p=0.0):
+    def __init__(self, levels):
         super().__init__()
         if not levels or any(int(l) != l or not 2 <= l <= 64 for l in levels):
             raise ValueError(f"levels {list(levels)}: expected whole numbers from 2 to 64")
@@ -34,7 +31,6 @@ class FSQ(nn.Module):
         self.code_width, self.vocab_size = len(self.levels), math.prod(self.levels)
         if self.vocab_size >= 2**63:
             raise ValueError(f"levels {self.levels}: their product does not fit into 63 bits")
-        self.drop_quant_p, self.corrupt_tokens_p = drop_quant_p, corrupt_tokens_p
         levels = torch.tensor(self.levels)
         # The FIRST level is the least significant digit: token = d0 + l0·d1 + l0·l1·d2 + ...
         basis = torch.tensor([math.prod(self.levels[:i]) for i in range(len(self.levels))])
@@ -57,10 +53,6 @@ class FSQ(nn.Module):
             # torch.round is half-to-even.                                                        (FSQ paper)
             rounded = bounded + (bounded.round() - bounded).detach()
             digits = rounded.detach().round().long() + self.half_width            # each in [0, l)
-            if self.training and self.drop_quant_p > 0:
-                rounded = torch.where(self._coin(rounded, self.drop_quant_p), bounded, rounded)
-            if self.training and self.corrupt_tokens_p > 0:
-                rounded, digits = self._corrupt(rounded, digits)
             return rounded / self.half_width, (digits * self.basis).sum(-1)       # (..., L), (...)
 
     def bound(self, latents):
@@ -92,20 +84,6 @@ class FSQ(nn.Module):
             raise ValueError(f"token {bad} is out of range: {self.levels} levels give 0 to {self.vocab_size - 1}")
         digits = tokens.unsqueeze(-1) // self.basis % self.level_counts    # (..., L)
         return (digits - self.half_width) / self.half_width
-
-    def _coin(self, rounded, p):
-        """rounded (B, ..., L) -> one coin for each sample, True with probability p, (B, 1, ..., 1)."""
-        return torch.rand(rounded.shape[:1] + (1,) * (rounded.dim() - 1), device=rounded.device) < p
-
-    def _corrupt(self, rounded, digits):
-        """Replace, in some samples, a share of tokens (uniform in [0, 1], one share a sample) by random tokens."""
-        share = torch.rand(rounded.shape[:1] + (1,) * (rounded.dim() - 1), device=rounded.device)   # (B, 1, ..., 1)
-        hit = torch.rand(rounded.shape[:-1] + (1,), device=rounded.device) < share                   # (B, ..., 1)
-        hit = hit & self._coin(rounded, self.corrupt_tokens_p)
-        random = torch.randint(self.vocab_size, rounded.shape[:-1] + (1,), device=rounded.device)
-        random = random // self.basis % self.level_counts                                            # (B, ..., L)
-        # a random token has no gradient to the encoder: nothing it did led here
-        return torch.where(hit, (random - self.half_width).float(), rounded), torch.where(hit, random, digits)
 
 
 if __name__ == "__main__":

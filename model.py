@@ -49,8 +49,6 @@ class TokenizerConfig:
     registers: int = 256              # K, the most tokens an image can have
     levels: tuple = (8, 8, 8, 5, 5, 5)
     max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
-    drop_quant_p: float = 0.0         # see FSQ
-    corrupt_tokens_p: float = 0.0     # see FSQ
     # Three standard deviations that matter at initialisation only. The values here are the official ones; small models
     # trained for minutes need larger ones to start using their tokens at all (README, FAQ).
     position_std: float = 0.02        # of the decoder's register positions
@@ -61,9 +59,6 @@ class TokenizerConfig:
     def __post_init__(self):
         if len(self.grid) != 2:
             raise ValueError(f"grid {self.grid}: expected (rows, columns)")
-        for name, p in (("drop_quant_p", self.drop_quant_p), ("corrupt_tokens_p", self.corrupt_tokens_p)):
-            if not 0 <= p <= 1:
-                raise ValueError(f"{name} {p}: expected a chance, 0 to 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -299,7 +294,7 @@ def make_quantizer(config):
     that decide tokens and are no tensors stand in its `extra_repr`, which `FlexTok.fingerprint` reads.
     """
     # FORK: another quantiser. Return any module that keeps this contract.
-    return FSQ(config.levels, config.drop_quant_p, config.corrupt_tokens_p)
+    return FSQ(config.levels)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -150,21 +150,6 @@ def test_levels_that_are_none_are_refused(levels):
         FSQ(levels)
 
 
-def test_training_noise_hits_whole_samples_and_only_in_training():
-    torch.manual_seed(0)
-    latents = torch.randn(400, 7, 3)
-    plain = FSQ([8, 5, 5])(latents)
-    noisy = FSQ([8, 5, 5], drop_quant_p=0.5)
-    unrounded = (noisy(latents)[0] != plain[0]).flatten(1).all(1)
-    unchanged = (noisy(latents)[0] == plain[0]).flatten(1).all(1)                 # (B,)
-    assert unchanged.sum() > 100 and 100 < unrounded.sum() < 300
-    corrupt = FSQ([8, 5, 5], corrupt_tokens_p=0.5)
-    codes, tokens = corrupt(latents)
-    assert torch.equal(corrupt.codes_to_tokens(codes), tokens)
-    assert 100 < (tokens != plain[1]).any(1).sum() < 300
-    assert torch.equal(corrupt.eval()(latents)[1], plain[1]) and torch.equal(noisy.eval()(latents)[0], plain[0])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # flow: catches a reversed time, a wrong sign of v, guidance that is off by one or leaves channels out.
 
@@ -684,7 +669,7 @@ def test_a_saved_tokenizer_loads_with_the_same_tokens_and_anything_else_is_refus
     ("tokenizer", "grid", [4], "grid .*rows, columns"), ("tokenizer", "grid", [4, "4"], "grid is"),
     ("tokenizer", "levels", [1, 8], "levels"), ("tokenizer", "levels", [8] * 30_000, "levels"),
     ("tokenizer", "enc_head_dim", 48, "not a multiple"), ("tokenizer", "dec_width", 62, "width 62"),
-    ("tokenizer", "drop_quant_p", 2, "expected a chance"), ("tokenizer", "latent_channels", 8, "latent channels"),
+    ("tokenizer", "latent_channels", 8, "latent channels"),
     ("vae", "norm_num_groups", 0, "norm_num_groups is 0"), ("vae", "norm_num_groups", 3, "divisible"),
     ("vae", "scaling_factor", [1], "scaling_factor is"), ("vae", "scaling_factor", 0, "scaling_factor is 0"),
     ("vae", "scaling_factor", math.nan, "scaling_factor is nan"), ("vae", "use_quant_conv", 1, "use_quant_conv is 1"),
@@ -1748,8 +1733,7 @@ def few_shapes(monkeypatch):
 def test_ten_steps_are_five_and_resume_and_five_bit_for_bit(tmp_path, tiny_vae, few_shapes):
     for cache in (0, 2):
         whole, parts = str(tmp_path / f"whole{cache}"), str(tmp_path / f"parts{cache}")
-        # both draw from torch's global generator
-        extra = dict(cache_latents=cache, corrupt_tokens_p=0.5, sample_posterior=True)
+        extra = dict(cache_latents=cache, sample_posterior=True)
         metrics = train(whole, tiny_vae, **extra)
         assert metrics["ks"] == [1, 2, 4, 8] and len(metrics["psnr"]) == 4
         assert train(parts, tiny_vae, stop_at=5, **extra) == {}
@@ -4673,7 +4657,6 @@ def change(config, path, value):
     ("decoder/module_dict", [], "expected SequentialModuleDictWrapper"),
     ("regularizer/levels", [8, 8, 8, 5, 5, 1], "levels"),
     ("regularizer/levels", [8, 8, 8], "levels"),
-    ("regularizer/drop_quant_p", 3.0, "drop_quant_p 3.0: expected a chance"),
     ("regularizer/_target_", "flextok.regularizers.quantize_vq.VQ", "'VQ', which is not supported"),
     ("pipeline/out_channels", 8, "out_channels 8, but another"),
     ("pipeline/reconst_write_key", "quants", "reconst_write_key"),

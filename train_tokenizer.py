@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import flow
 import vae as stage0
 from common import (Log, Run, UserError, attention_kernel, autocast, barrier, check_range, command, from_cli,
-                    generator, init_distributed, seed_step)
+                    generator, init_distributed)
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import draw_curves, save_grid, to_float
@@ -58,8 +58,6 @@ class TrainConfig:
     patch_size: int = 2              # latents per patch side
     registers: int = 256             # K, the most tokens an image can have
     levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
-    drop_quant_p: float = 0.0        # chance per sample that FSQ does not round
-    corrupt_tokens_p: float = 0.0    # chance per sample that a random share of its tokens is replaced
     position_std: float = 0.02       # initial size of register positions; 0.02 official, 1.0 for short runs
     code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
     head_std: float = 0.0            # initial size of the layer before FSQ; 0 official, 0.1 for short runs
@@ -210,16 +208,14 @@ def build_tokenizer(config, vae):
         latent_channels=vae.config.latent_channels, grid=(config.image_size // side,) * 2, patch_size=config.patch_size,
         enc_width=config.enc_width or 64 * config.enc_depth, enc_depth=config.enc_depth, enc_head_dim=config.head_dim,
         dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth, dec_head_dim=config.head_dim,
-        registers=config.registers, levels=tuple(config.levels), drop_quant_p=config.drop_quant_p,
-        corrupt_tokens_p=config.corrupt_tokens_p, position_std=config.position_std, code_std=config.code_std,
-        head_std=config.head_std, scale_codes=config.scale_codes), vae)
+        registers=config.registers, levels=tuple(config.levels), position_std=config.position_std,
+        code_std=config.code_std, head_std=config.head_std, scale_codes=config.scale_codes), vae)
 
 
 def go_on_from(directory, tokenizer):
     """Copy the weights of a trained tokenizer (--init). Raises UserError if its sizes or its VAE are others."""
     trained = FlexTok.from_pretrained(directory)
-    # what another run may choose anew
-    free = dict(position_std=0, code_std=0, head_std=0, drop_quant_p=0, corrupt_tokens_p=0)
+    free = dict(position_std=0, code_std=0, head_std=0)  # what another run may choose anew
     if replace(trained.config, **free) != replace(tokenizer.config, **free):
         raise UserError(f"--init {directory}: its tokenizer has other sizes than this run's")
     pairs = zip(tokenizer.vae.state_dict().values(), trained.vae.state_dict().values())
@@ -441,7 +437,6 @@ def train(config, run, checkpoints, dataset):
     for step, lr in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
         batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, h, w), or uint8 (b, 3, H, W)
         latents = batch if config.cache_latents else encode(vae, batch, config, run, step)  # (b, C, h, w)
         noise, t, k_keep, room = draw_noise(config, step, latents, run)           # (b, C, h, w), (b,), (b,), b numbers
@@ -496,7 +491,7 @@ def check_method(config):
                 "eval_timesteps")
     check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "position_std", "code_std", "head_std",
                 "weight_decay", "eval_guidance")
-    check_range(config, 0, 1, "drop_quant_p", "corrupt_tokens_p", "null_p", "pure_noise_share", "autoencoder_share",
+    check_range(config, 0, 1, "null_p", "pure_noise_share", "autoencoder_share",
                 "beta2", "muon_lr")
     check_range(config, -20, 20, "t_mean")
     if config.vae_preset not in stage0.PRESETS:

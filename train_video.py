@@ -27,7 +27,7 @@ import torch
 import flow
 import vae as stage0
 from common import (Log, UserError, attention_kernel, autocast, check_range, command, digest_of, from_cli, generator,
-                    init_distributed, seed_step)
+                    init_distributed)
 from clips import save_clip_grid
 from data import Cached, batches, open_clips, spread
 from evaluate import reconstruction
@@ -63,8 +63,6 @@ class VideoTrainConfig:
     registers: int = 256             # K, the most tokens a row can have
     levels: tuple = (8, 8, 8, 5, 5, 5)  # of FSQ; their product is the vocabulary
     scale_codes: bool = False        # give what FSQ reads a mean square of 1; False official, True for short runs
-    drop_quant_p: float = 0.0        # chance per clip that FSQ does not round
-    corrupt_tokens_p: float = 0.0    # chance per clip that a random share of its tokens is replaced
     patch_position_std: float = 0.02  # initial size of positions of patches; 0.02 official, 0.5 for short runs
     position_std: float = 0.02       # initial size of those of registers; 0.02 official, 1.0 for short runs
     code_std: float = 0.0            # initial size of the layer after FSQ; 0: Xavier, official; 1.0 for short runs
@@ -178,9 +176,8 @@ def build_tokenizer(config, vae):
         enc_head_dim=config.head_dim, dec_width=config.dec_width or 64 * config.dec_depth, dec_depth=config.dec_depth,
         dec_head_dim=config.head_dim, registers=config.registers, enc_positions=max(T, patches),
         dec_positions=max(T, patches), code_positions=max(T, config.registers), levels=tuple(config.levels),
-        scale_codes=config.scale_codes, drop_quant_p=config.drop_quant_p, corrupt_tokens_p=config.corrupt_tokens_p,
-        patch_position_std=config.patch_position_std, position_std=config.position_std, code_std=config.code_std,
-        head_std=config.head_std), vae)
+        scale_codes=config.scale_codes, patch_position_std=config.patch_position_std,
+        position_std=config.position_std, code_std=config.code_std, head_std=config.head_std), vae)
 
 
 def evaluate(tokenizer, clips, config, step):
@@ -308,7 +305,6 @@ def train(config, run, checkpoints):
     for step, lr in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        seed_step(config.seed, step, run)  # of what `draw_noise` does not draw: the quantiser's noise in training
         enter_stage(raw, in_stage_2(config, step))
         batch = next(stream)[0].to(run.device, non_blocking=True)                 # (b, C, T, h, w), or (b, 3, F, H, W)
         latents = batch if config.cache_latents else encode(raw, batch, run)      # (b, C, T, h, w)

@@ -159,8 +159,8 @@ PARTS = {  # in the order of execution
     "regularizer": [
         Row("regularizer", "regularizers.quantize_fsq.FSQ", {"latents_read_key": "enc_registers#encoded"},
             {"quants_write_key": "quants", "tokens_write_key": "tokens"},
-            {"levels": "levels", "drop_quant_p": "drop_quant_p", "corrupt_tokens_p": "corrupt_tokens_p"},
-            {"packed_call": True})],
+            {"levels": "levels"},
+            {"drop_quant_p": 0.0, "corrupt_tokens_p": 0.0, "packed_call": True})],
     "flow_matching_noise_module": [
         Row("flow_matching_noise_module", "flow_matching.noise_modules.MinRFNoiseModule",
             {"clean_images_read_key": "vae_latents"},
@@ -182,7 +182,8 @@ OPTIONAL = ("dec_repa_unpacker", "dec_repa")  # the REPA branch: training only
 FREE = set("""
     weight_init_style zero_init_out_proj zero_init_query_proj drop drop_path_rate use_act_checkpoint use_flex_attention
     max_seq_len pad_to_multiple compile_block_mask return_materialized_mask size_sampling_mode n_min n_eval
-    intermediate_layers train_keep_k_write_key dropout_prob min_corrupt_tokens_p apply_corrupt_tokens_p packed_call
+    intermediate_layers train_keep_k_write_key dropout_prob packed_call
+    drop_quant_p corrupt_tokens_p min_corrupt_tokens_p apply_corrupt_tokens_p
     noise_write_key ln stratisfied mode_scale target_sizes_read_key images_read_key vae_latents_read_key
     images_reconst_write_key vae_kl_loss_write_key sample_posterior force_vae_encode frozen compile_encode_fn
     learnable_logvar logvar_init
@@ -321,7 +322,7 @@ def follow_parts(config, parts, where):
     # after sampling, the entry with the last velocity has the latents
     if held(config["vae"], "vae_latents_read_key", holds) != "vae_latents_reconst":
         raise UserError(f"{where}: vae: its vae_latents_read_key is not what the decoder writes")
-    return sizes | {size: sizes[size] or 0.0 for size in ("drop_quant_p", "corrupt_tokens_p")}, names
+    return sizes, names
 
 
 def class_of(module):
