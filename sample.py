@@ -135,7 +135,7 @@ def reconstruct(config):
     check_page(config)
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K = tokenizer.config.registers
-    ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
+    ks = powers_of_two(K) if config.ks == (0,) else token_counts("ks", config.ks, K)
     names, images = chosen(config, tokenizer)
     tokens = tokenizer.tokenize(images, k=max(ks))                                # B x (1, k)
     rebuilt = {}
@@ -166,7 +166,7 @@ def generate(config):
         raise UserError("--html and --stream: choose one; the page shows every step as well")
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device), weights_type(config))
     rows = tokenizer.rows  # of tokens, 1 but for clips; each has k
-    k, = token_counts([config.k * rows], gpt.config.length)
+    k = rows * token_counts("k", [config.k], gpt.config.length // rows)[0]
     recommended = gpt.notes.get("sampling", {}).get("temperature", 1.0)
     labels, captions = asked_for(config, gpt)
     writing = gpt.generate(*conditions(gpt, labels, captions), k=k,
@@ -217,7 +217,7 @@ def encode(config):
         return encode_clips(config)
     check_ending(config.out, ".json", ".npy")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
-    k, = token_counts([config.k], tokenizer.config.registers)
+    k, = token_counts("k", [config.k], tokenizer.config.registers)
     names, rows, images = [], [], read_images(config.paths, tokenizer.image_size)
     while part := list(itertools.islice(images, 32)):
         names += [name for name, _ in part]
@@ -244,7 +244,7 @@ def decode(config):
     check_ending(config.out, ".png", "")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
-    token_counts(config.ks, min(map(len, tokens)))
+    token_counts("ks", config.ks, min(map(len, tokens)))
     columns = [[row[:k] if k else row for row in tokens] for k in config.ks]      # B x (k,) each
     if config.out.endswith(".png"):
         header = [f"k={k}" if k else "all tokens" for k in config.ks]
@@ -280,7 +280,7 @@ def reconstruct_clips(config):
     check_page(config)
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K, sizes = tokenizer.config.registers, tokenizer.config
-    ks = powers_of_two(K) if config.ks == (0,) else token_counts(config.ks, K)
+    ks = powers_of_two(K) if config.ks == (0,) else token_counts("ks", config.ks, K)
     if config.paths:
         paths = [shipped(path) for path in config.paths[:config.n]]
         videos = [read_clip(path, tokenizer.frame_size, sizes.frames, sizes.stride, SECONDS) for path in paths]
@@ -303,7 +303,7 @@ def encode_clips(config):
     """Clips -> a .json file of tokens. One window is in memory at a time, so that clips may be of any length."""
     check_ending(config.out, ".json")
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
-    k, = token_counts([config.k], tokenizer.config.registers)
+    k, = token_counts("k", [config.k], tokenizer.config.registers)
     sizes, clips = tokenizer.config, []
     for name in map(shipped, config.paths):
         rows = []
@@ -321,7 +321,7 @@ def decode_clips(config):
     check_ending(out, ".webp", ".gif", ".mp4", "")
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     names, tokens = read_clip_tokens(config.paths[0], tokenizer)                  # B names, B x (t_i, k_i)
-    token_counts(config.ks, min(x.shape[1] for x in tokens))
+    token_counts("ks", config.ks, min(x.shape[1] for x in tokens))
     if out.endswith((".webp", ".gif")):
         columns = [[sample_clips(tokenizer, [x[:, :k or None]], config)[0].cpu() for x in tokens] for k in config.ks]
         return write_rows(out, columns, [f"k={k}" if k else "all tokens" for k in config.ks])
@@ -477,11 +477,11 @@ def check_page(config):
         check_ending(config.html, ".html", flag="--html")
 
 
-def token_counts(ks, most):
+def token_counts(flag, ks, most):
     """Numbers of tokens, 0 standing for all `most`, written out. Raises `UserError` if there are not as many."""
     for k in ks:
         if not 0 <= k <= most:
-            raise UserError(f"k = {k}: expected 1 to {most} tokens per image")
+            raise UserError(f"--{flag} {k}: expected 1 to {most} tokens, or 0 for all")
     return [k or most for k in ks]
 
 
@@ -525,7 +525,8 @@ def read_tokens(path, tokenizer):
             names = [str(image["name"]) for image in content["images"]]
             rows = [list(image["tokens"]) for image in content["images"]]
         except (KeyError, TypeError):
-            raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}') from None
+            found = ", but found clips" if isinstance(content, dict) and "clips" in content else ""
+            raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}{found}') from None
         check_origin(path, content, V, K)
     if not rows:
         raise UserError(f"{path}: expected at least one image")

@@ -3102,7 +3102,7 @@ def test_generate_writes_pictures_and_animations_and_refuses_by_name(tmp_path, t
         assert 2 <= Image.open(name).n_frames <= 4  # equal frames may be merged
     for arguments, message in (
             (("--label", "pilar"), "--label pilar: expected 0 to 7, or a name such as pillar, bar"),
-            (("--k", "5"), "k = 5: expected 1 to 4 tokens"), (("--stream", "--out", "x.png"), "--out x.png"),
+            (("--k", "5"), "--k 5: expected 1 to 4 tokens"), (("--stream", "--out", "x.png"), "--out x.png"),
             (("--top_p", "2"), "--top_p 2"), (("--n", "0"), "--n 0"), (("--prior", "nowhere"), "nowhere"),
             (("--tokenizer", sample.SHIPPED), "writes 4 tokens out of 12, but"),
             (("--temperature", "nan"), "--temperature nan")):
@@ -4320,7 +4320,7 @@ def test_a_prior_writes_clips_register_by_register(clip_run, tmp_path, monkeypat
     assert [img["data-k"] for img in page.all("img")] == ["1", "2", "3"] * 2 and page.texts.count("a red star") == 2
     assert len(page.all("ol")) == 3 * 2 and len(page.all("li")) == 3 * 3 * 2
     for extra, words in ((["--stream"], "is for images"), (["--out", "a.png"], "webp or .gif"),
-                         (["--k", "5"], "k = 15")):
+                         (["--k", "5"], "--k 5: expected 1 to 4")):
         with pytest.raises(UserError, match=words):
             sample.main(["generate", *extra, *options])
     with pytest.raises(UserError, match="--data emoji: expected moving"):
@@ -5580,6 +5580,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
     with open(tmp_path / "huge.npy", "wb") as file:  # a header that promises 8 TB
         np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**6, 10**6)})
     (tmp_path / "other.json").write_text('{"vocab_size": 1000, "images": [{"name": "x", "tokens": [1]}]}')
+    (tmp_path / "clips.json").write_text('{"clips": [{"name": "x", "tokens": [[1]]}]}')
     header = b"{'descr': '<i8', 'shape': (" + b"(" * 3000 + b"9" * 5000 + b"\n"
     (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
     (tmp_path / "locked").mkdir()
@@ -5587,23 +5588,24 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_code_2(tmp_path, monk
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("locked") and may(path, mode))
     for arguments, message in [
             (["text.txt"], "text.txt: not an image"), (["nothing.png"], "nothing.png"),
-            (["empty"], "empty: no readable image"), (["image.png", "--ks", "17"], "k = 17: .*1 to 16"),
+            (["empty"], "empty: no readable image"), (["image.png", "--ks", "17"], "--ks 17: .*1 to 16"),
             (["image.png", "--n", "0"], "--n 0"), (["image.png", "--timesteps", "0"], "--timesteps 0"),
             (["image.png", "--out", "grid.jpg"], "grid.jpg.*png"), (["image.png", "--device", "tpu"], "--device tpu"),
             (["image.png", "--device", "meta"], "--device meta"),
             (["encode"], "name at least one image"),
             (["encode", "image.png", "--out", "x.txt"], "x.txt: .*json or .npy"),
-            (["encode", "image.png", "--k", "99"], "k = 99"), (["decode"], "name one"),
+            (["encode", "image.png", "--k", "99"], "--k 99"), (["decode"], "name one"),
             (tokens("a.json", [[64_000]]), "a.json: .*64000, .*0 to 63999"),
             (tokens("b.json", [[-1]]), "b.json: .*-1"), (tokens("c.json", [[1.5]]), "c.json: .*1.5"),
             (tokens("d.json", [[]]), "0 tokens"), (tokens("e.json", [[1] * 17]), "17 tokens, expected 1 to 16"),
             (tokens("f.json", []), "at least one image"),
-            (tokens("g.json", [[1, 2]]) + ["--ks", "3"], "k = 3: .*1 to 2"),
+            (tokens("g.json", [[1, 2]]) + ["--ks", "3"], "--ks 3: .*1 to 2"),
             (["decode", "text.txt"], "text.txt: not valid JSON"), (["decode", "float.npy"], "float.npy: .*float64"),
             (["decode", "gone.json"], "gone.json"), (["decode", "zip.npy"], "zip.npy: an archive"),
             (["decode", "huge.npy"], "huge.npy: cannot be read"),
             (["decode", "void.npy"], r"void.npy: .* of shape \(268435456, 0\), expected integers"),
             (["decode", "other.json"], "other.json: its tokens are of another tokenizer, whose vocab_size is 1000"),
+            (["decode", "clips.json"], "clips.json: expected .*images.*but found clips"),
             (["image.png", "--seed", str(2**70)], "--seed 1180"),
             (["image.png", "--guidance_scale", "nan"], "--guidance_scale nan"),
             (["image.png", "--out", "image.png/x.png"], "image.png"),
