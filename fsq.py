@@ -52,8 +52,8 @@ class FSQ(nn.Module):
             # Straight-through estimator: forward the rounded value, backward as if rounding were the identity.
             # torch.round is half-to-even.                                                        (FSQ paper)
             rounded = bounded + (bounded.round() - bounded).detach()
-            digits = rounded.detach().round().long() + self.half_width            # each in [0, l)
-            return rounded / self.half_width, (digits * self.basis).sum(-1)       # (..., L), (...)
+            codes = rounded / self.half_width                                     # (..., L)
+            return codes, self.codes_to_tokens(codes.detach())                    # (..., L), (...)
 
     def bound(self, latents):
         """latents (..., L) -> the same squashed into l values' worth of width; 0 maps to 0.
@@ -71,7 +71,7 @@ class FSQ(nn.Module):
     def codes_to_tokens(self, codes):
         """codes (..., L) on the grid, in [-1, 1] -> tokens (...) int64."""
         # .round(): codes like 11/13 times 13 are 10.999..., and a plain cast to integers would lose one
-        digits = (codes.float() * self.half_width).round().long() + self.half_width
+        digits = (codes.float() * self.half_width).round().long() + self.half_width   # (..., L), each in [0, l)
         return (digits * self.basis).sum(-1)                                      # (...)
 
     def tokens_to_codes(self, tokens):
