@@ -379,7 +379,7 @@ def test_a_session_compiles_four_graphs_to_tokenise_and_four_to_detokenise_whate
     counter = CompileCounterWithBackend("eager")
     tokenizer = a_tokenizer(dataclasses.replace(SMALL, registers=256))
     names = list(tokenizer.state_dict())
-    ks, images = (1, 2, 3, 5, 16, 100, 256), torch.rand(2, 3, 16, 16) * 2 - 1
+    ks, images = (1, 2, 5, 100, 256), torch.rand(2, 3, 16, 16) * 2 - 1
     def tokenise():
         return [torch.cat(tokenizer.tokenize(images, k)) for k in ks]
     def detokenise(tokens):
@@ -1089,22 +1089,23 @@ def test_official_block_outputs_come_out_one_by_one():
         assert (got.flatten(0, -2) - want.flatten(0, -2)).abs().max() < 1e-4, name
 
 
-def test_official_samples_come_out_of_every_kind_of_guidance(golden):
+def test_official_samples_come_out_of_every_kind_of_guidance(golden, monkeypatch):
     tokenizer, expected, info = golden
+    decode = tokenizer.vae.decode
     for name, run in info["sampler_runs"].items():
         if f"sampler.latents.{name}" not in expected:
             continue
         scale = (lambda t: 1 + 4 * t) if run["guidance_scale"] == "1+4t" else run["guidance_scale"]
-        tokens = [row[:k] for row, k in zip(expected["tokens_mode"], run["keep_k"])]
+        tokens, latents = [row[:k] for row, k in zip(expected["tokens_mode"], run["keep_k"])], []
+        want = expected.get(f"sampler.images.{name}")
+        # where no image is expected, the decoder, which takes most of the time, has nothing to show
+        monkeypatch.setattr(tokenizer.vae, "decode", lambda x: latents.append(x) or (x if want is None else decode(x)))
         images = tokenizer.detokenize(
             tokens, run["timesteps"], scale, run["perform_norm_guidance"],
             vae_image_sizes=[tuple(latent_grid(expected))] * len(tokens),
             generator=torch.Generator().manual_seed(info["sampler_generator_seed"]))
-        if f"sampler.images.{name}" in expected:
-            want = expected[f"sampler.images.{name}"]
-            assert (images[:len(want)] - want).abs().max() < 1e-4, name
-        want = tokenizer.vae.decode(expected[f"sampler.latents.{name}"])
-        assert (images - want).abs().max() < 1e-4, name
+        assert want is None or (images[:len(want)] - want).abs().max() < 1e-4, name
+        assert (torch.cat(latents) - expected[f"sampler.latents.{name}"]).abs().max() < 1e-4, name
 
 
 def test_official_apg_comes_out_over_three_steps_with_its_momentum(golden):
@@ -1762,7 +1763,8 @@ def test_the_noise_of_the_posterior_is_not_that_of_the_flow_and_is_shared_out_to
     assert abs(drawn.std() - 1) < 0.1 and abs(correlation) < 0.1
 
 
-def test_the_first_cached_view_of_an_image_is_the_image_as_it_is(tmp_path, tiny_vae):
+def test_the_first_cached_view_of_an_image_is_the_image_as_it_is(tmp_path, tiny_vae, monkeypatch):
+    monkeypatch.setattr(Emoji, "__len__", lambda self: 64)
     train(tmp_path, tiny_vae, data="emoji", cache_latents=2, steps=1)
     latents, n = torch.from_numpy(np.load(tmp_path / "latents.npy")).float(), len(Emoji(16))
     plain = torch.stack([Emoji(16, augment=False).get(i, None) for i in range(4)])
@@ -2343,15 +2345,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("where, workers, code, words", [
-    ("worker", 1, 2, "error: --workers 1: a process that loads images failed"), ("loop", 0, 1, "MemoryError"),
-    ("loop", 4, 1, "MemoryError"), ("evaluation", 1, 1, "MemoryError"), ("once", 1, 130, "go on with --resume"),
-    ("twice", 1, 130, "stopped")])
+@pytest.mark.parametrize("processes, where, workers, code, words", [
+    (1, "worker", 1, 2, "error: --workers 1: a process that loads images failed"), (1, "loop", 4, 1, "MemoryError"),
+    (1, "once", 1, 130, "go on with --resume"), (1, "twice", 1, 130, "stopped"),
+    (2, "loop", 4, 1, "MemoryError"), (2, "evaluation", 1, 1, "MemoryError"),  # of one process, while the other waits
+    (2, "once", 1, 130, "go on with --resume")])
 def test_no_error_and_no_signal_leaves_a_run_hanging(tmp_path, tiny_vae, processes, where, workers, code, words):
     """Loader processes ignore SIGTERM, and Python waits for them when it ends."""
-    if processes == 2 and workers == 0:
-        pytest.skip("the same with 4 workers")
     (tmp_path / "run.py").write_text(POISONED)
     settings = {**TINY, "vae": tiny_vae, "out": tmp_path / "run", "workers": workers, "eval_every": 2, "steps": 1000}
     launcher = TWO_PROCESSES if processes == 2 else [sys.executable]
@@ -5691,8 +5691,8 @@ def test_the_shipped_weights_rebuild_held_out_emoji_better_from_more_tokens():
 
 def test_sampling_in_bfloat16_draws_nearly_the_same_and_a_cpu_stays_in_float32_unless_asked(tmp_path, monkeypatch):
     tokenizer = FlexTok.from_pretrained(sample.SHIPPED)
-    tokens = tokenizer.tokenize(evaluate.spread(Emoji(64, "held_out", augment=False), 4)[0])
-    configs = [sample.Decode(timesteps=10, device="cpu", precision=precision) for precision in ("auto", "fp32", "bf16")]
+    tokens = tokenizer.tokenize(evaluate.spread(Emoji(64, "held_out", augment=False), 2)[0])
+    configs = [sample.Decode(timesteps=4, device="cpu", precision=precision) for precision in ("auto", "fp32", "bf16")]
     auto, single, half = (sample.sample(tokenizer, tokens, config) for config in configs)
     assert torch.equal(auto, single) and half.dtype == torch.float32
     assert not torch.equal(half, single) and psnr(half, single).min() > 30
