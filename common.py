@@ -438,7 +438,7 @@ def checked(Config, fields, where):
     defaults, values = {field.name: field.default for field in dataclasses.fields(Config)}, {}
     for name, value in fields.items():
         if name not in defaults:
-            raise UserError(f"{where}: unknown field {shown(name)}")
+            raise UserError(f"{where}: unknown field {shown(name)}; is the file of another version?")
         default, many = defaults[name], isinstance(defaults[name], tuple)
         like = (*default, 0)[0] if many else default
         number = type(like) in (int, float)

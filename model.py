@@ -291,7 +291,8 @@ def make_quantizer(config):
     Codes hand the decoder's gradient on to `latents`, usually straight through the rounding, and are computed in
     float32 also under autocast. Parameters and persistent buffers are trained, averaged, saved and loaded with all
     others; several processes rely on each parameter having a gradient after every backward pass, if only zero. Settings
-    that decide tokens and are no tensors stand in its `extra_repr`, which `FlexTok.fingerprint` reads.
+    that decide tokens and are no tensors stand in its `extra_repr`, which `FlexTok.fingerprint` reads. `forward` draws
+    no random numbers, or a resumed run is another.
     """
     # FORK: another quantiser. Return any module that keeps this contract.
     return FSQ(config.levels)

@@ -293,7 +293,7 @@ class StopRequest:
 
 
 def save_resume(path, state):
-    """Write what a run needs to go on, atomically (no random states: every step seeds itself). Raises `UserError`."""
+    """Write what a run needs to go on, atomically (no random states: steps draw by number). Raises `UserError`."""
     try:
         with replacing(path) as temporary:
             torch.save(state, temporary)

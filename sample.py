@@ -183,7 +183,7 @@ def generate(config):
         save_animation(out, frames, milliseconds=max(60, 6000 // k))
         return print(f"wrote {out}")
     ks = powers_of_two(k // rows)
-    tokens = list(writing)[-1][:, :rows * ks[-1]]                                 # (n, k), of whole registers
+    tokens = list(writing)[-1]                                                    # (n, k), of whole registers
     drawn = {k: sample(tokenizer, list(tokens[:, :rows * k]), config) for k in stops(config, ks)}  # (n, 3, [F,] H, W)
     columns, header = [drawn[k] for k in ks], [f"k={k}" for k in ks]
     write_rows(out, columns, header)
@@ -352,7 +352,7 @@ def read_clip_tokens(path, tokenizer):
     try:
         clips = [(str(clip["name"]), [list(row) for row in clip["tokens"]]) for clip in content["clips"]]
     except (KeyError, TypeError):
-        raise UserError(f'{path}: expected {{"clips": [{{"name": ..., "tokens": [[...], ...]}}, ...]}}') from None
+        raise not_of("clips", "images", "[[...], ...]", path, content) from None
     check_origin(path, content, V, K)
     if not clips:
         raise UserError(f"{path}: expected at least one clip")
@@ -481,7 +481,7 @@ def token_counts(flag, ks, most):
     """Numbers of tokens, 0 standing for all `most`, written out. Raises `UserError` if there are not as many."""
     for k in ks:
         if not 0 <= k <= most:
-            raise UserError(f"--{flag} {k}: expected 1 to {most} tokens, or 0 for all")
+            raise UserError(f"--{flag} {k}: expected 1 to {most} tokens")
     return [k or most for k in ks]
 
 
@@ -525,8 +525,7 @@ def read_tokens(path, tokenizer):
             names = [str(image["name"]) for image in content["images"]]
             rows = [list(image["tokens"]) for image in content["images"]]
         except (KeyError, TypeError):
-            found = ", but found clips" if isinstance(content, dict) and "clips" in content else ""
-            raise UserError(f'{path}: expected {{"images": [{{"name": ..., "tokens": [...]}}, ...]}}{found}') from None
+            raise not_of("images", "clips", "[...]", path, content) from None
         check_origin(path, content, V, K)
     if not rows:
         raise UserError(f"{path}: expected at least one image")
@@ -535,6 +534,12 @@ def read_tokens(path, tokenizer):
             raise UserError(f"{path}: image {shown(name)} has {len(row)} tokens, expected 1 to {K}")
         check_tokens(f"{path}: image {shown(name)}", row, V)
     return names, [torch.tensor(row) for row in rows]
+
+
+def not_of(wanted, other, tokens, path, content):
+    """The `UserError` for a .json file that is no file of tokens of `wanted`; perhaps of `other`, images or clips."""
+    hint = f"; of {other}: give their --tokenizer" if isinstance(content, dict) and other in content else ""
+    return UserError(f'{path}: expected {{"{wanted}": [{{"name": ..., "tokens": {tokens}}}, ...]}}{hint}')
 
 
 def check_origin(path, content, V, K):

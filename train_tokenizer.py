@@ -491,8 +491,7 @@ def check_method(config):
                 "eval_timesteps")
     check_range(config, 0, math.inf, "cache_latents", "enc_width", "dec_width", "position_std", "code_std", "head_std",
                 "weight_decay", "eval_guidance")
-    check_range(config, 0, 1, "null_p", "pure_noise_share", "autoencoder_share",
-                "beta2", "muon_lr")
+    check_range(config, 0, 1, "null_p", "pure_noise_share", "autoencoder_share", "beta2", "muon_lr")
     check_range(config, -20, 20, "t_mean")
     if config.vae_preset not in stage0.PRESETS:
         raise UserError(f"--vae_preset {config.vae_preset}: expected one of {', '.join(stage0.PRESETS)}")

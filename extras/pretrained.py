@@ -158,8 +158,7 @@ PARTS = {  # in the order of execution
     "encoder": ENCODER,
     "regularizer": [
         Row("regularizer", "regularizers.quantize_fsq.FSQ", {"latents_read_key": "enc_registers#encoded"},
-            {"quants_write_key": "quants", "tokens_write_key": "tokens"},
-            {"levels": "levels"},
+            {"quants_write_key": "quants", "tokens_write_key": "tokens"}, {"levels": "levels"},
             {"drop_quant_p": 0.0, "corrupt_tokens_p": 0.0, "packed_call": True})],
     "flow_matching_noise_module": [
         Row("flow_matching_noise_module", "flow_matching.noise_modules.MinRFNoiseModule",
