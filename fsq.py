@@ -6,7 +6,8 @@ Finite scalar quantisation: a vector of L numbers becomes one of V = Π levels t
 Paper: FSQ, arXiv 2309.15505; FlexTok, arXiv 2502.13967, uses levels [8, 8, 8, 5, 5, 5]: V = 64,000, 16 bits a token.
 There is no codebook, hence no codebook loss and no dead entries to revive: the only learned parts are the linear
 layers before and after. Differences from the official code: tokens are computed in integers, so that every level
-count up to 64 is exact, and its training noise, off by default there, is left out (JOURNAL.md).
+count up to 64 is exact, and noise in training, off by default there (codes left unrounded, tokens replaced by random
+ones), is left out: it gained nothing (JOURNAL.md).
 
     python fsq.py           # prints how the number line falls into 8 and into 5 levels              Next: flow.py
 """

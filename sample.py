@@ -352,7 +352,7 @@ def read_clip_tokens(path, tokenizer):
     try:
         clips = [(str(clip["name"]), [list(row) for row in clip["tokens"]]) for clip in content["clips"]]
     except (KeyError, TypeError):
-        raise not_of("clips", "images", "[[...], ...]", path, content) from None
+        raise wrong_file("clips", "images", "[[...], ...]", path, content) from None
     check_origin(path, content, V, K)
     if not clips:
         raise UserError(f"{path}: expected at least one clip")
@@ -525,7 +525,7 @@ def read_tokens(path, tokenizer):
             names = [str(image["name"]) for image in content["images"]]
             rows = [list(image["tokens"]) for image in content["images"]]
         except (KeyError, TypeError):
-            raise not_of("images", "clips", "[...]", path, content) from None
+            raise wrong_file("images", "clips", "[...]", path, content) from None
         check_origin(path, content, V, K)
     if not rows:
         raise UserError(f"{path}: expected at least one image")
@@ -536,8 +536,8 @@ def read_tokens(path, tokenizer):
     return names, [torch.tensor(row) for row in rows]
 
 
-def not_of(wanted, other, tokens, path, content):
-    """The `UserError` for a .json file that is no file of tokens of `wanted`; perhaps of `other`, images or clips."""
+def wrong_file(wanted, other, tokens, path, content):
+    """The `UserError` for a .json file without tokens of `wanted` (images, say), which may hold those of `other`."""
     hint = f"; of {other}: give their --tokenizer" if isinstance(content, dict) and other in content else ""
     return UserError(f'{path}: expected {{"{wanted}": [{{"name": ..., "tokens": {tokens}}}, ...]}}{hint}')
 
