@@ -349,7 +349,7 @@ def train(config, run, checkpoints, tokenizer, images):
         compile_blocks(raw.trunk.blocks, dynamic="text" in config.condition)
     model = Loss(raw)
     if run.world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # ---- optimizer --------------------------------------------------------------------------------------------
     trainable = [p for p in raw.parameters() if p.requires_grad]

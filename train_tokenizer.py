@@ -321,7 +321,7 @@ def wrapped(raw, ema, config, run):
             shard(trunks, units, run, config.precision)
             tokenizer.quantizer.to(run.device)
     elif run.world > 1:  # no second copy of gradients; buffers are constants
-        return DistributedDataParallel(raw, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(raw, gradient_as_bucket_view=True)
     return raw
 
 
