@@ -271,8 +271,6 @@ class GPT(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.Embedding):
                 nn.init.normal_(layer.weight, std=0.02)
         for name, layer in self.trunk.named_modules():

@@ -336,12 +336,12 @@ def compile_blocks(blocks, dynamic=True, **options):
 # Learning rate, random numbers
 
 
-def learning_rate(step, peak, warmup, steps, final=0.01):
-    """Linear warm-up to `peak` over `warmup` steps, then cosine to `final`·peak at `steps`. `step` counts from 0."""
+def learning_rate(step, peak, warmup, steps):
+    """Linear warm-up to `peak` over `warmup` steps, then cosine to 1 % of it at `steps`. `step` counts from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))  # in [0, 1]
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def generator(device, *key):

@@ -681,8 +681,6 @@ def batches(dataset, batch_size, seed, run, start_step=0, workers=0):
     `batch_size` is that of all ranks together; rank r takes the r-th part of each batch, b = batch_size // world.
     Whatever fails in a worker process raises `UserError` here.
     """
-    if batch_size % run.world:
-        raise UserError(f"--batch_size {batch_size} cannot be shared evenly by {run.world} processes")
     b = batch_size // run.world
     starts = (step * batch_size + run.rank * b for step in itertools.count(start_step))
     loader = DataLoader(
@@ -789,7 +787,7 @@ class Cached:
                 if old != json.loads(json.dumps(value)):
                     both = "" if len(str(value)) > 40 else f" ({shown(old)}, not {value})"  # a digest tells nobody much
                     raise UserError(f"{self.path}: was made with another {name}{both}; delete it and "
-                                    f"{self.state_path}, or name another --out")
+                                    f"{self.state_path}, or have this one written elsewhere")
             done, replaced = state.get("done"), state.get("replaced")
             pairs = isinstance(replaced, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in replaced)
             if not pairs or type(done) is not int or not 0 <= done <= self.shape[0] \

@@ -308,6 +308,8 @@ def copies(config):
     """
     check_range(config, 1, 721, "n")  # there are 721 held-out emoji
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
+    if gpt.text_encoder is None or not gpt.config.classes:
+        raise UserError(f"{config.prior}: was not trained on both classes and captions, which it is asked for here")
     n, size = config.n, max(tokenizer.image_size)
     train, held_out = (Emoji(size, split, augment=False) for split in ("train", "held_out"))
     (images, _), (unseen, unseen_rows) = spread(train, len(train)), spread(held_out, n)  # (N, 3, S, S), (n, 3, S, S)

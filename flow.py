@@ -36,14 +36,14 @@ def loss_per_sample(v_pred, v_target):
     return (v_pred.float() - v_target.float()).square().flatten(1).mean(1)        # (B,)
 
 
-def loss_by_t(loss, t, bins=4):
-    """Sum and number of the losses in each quarter of [0, 1]: loss (B,), t (B,) -> (bins,), (bins,).
+def loss_by_t(loss, t):
+    """Sum and number of the losses in each quarter of [0, 1]: loss (B,), t (B,) -> (4,), (4,).
 
     The most useful diagnostic of a flow: the loss near t=0 is nearly irreducible (guessing the noise from a clean
     image), the one near t=1 says whether the decoder listens to its tokens, for at t=1 there is nothing else.
     """
-    bin_of = (t * bins).long().clamp(max=bins - 1)                                # (B,), t=1 belongs to the last
-    in_bin = F.one_hot(bin_of, bins).to(loss.dtype)                               # (B, bins)
+    bin_of = (t * 4).long().clamp(max=3)                                          # (B,), t=1 belongs to the last
+    in_bin = F.one_hot(bin_of, 4).to(loss.dtype)                                  # (B, 4)
     return loss.detach() @ in_bin, in_bin.sum(0)
 
 

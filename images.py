@@ -209,13 +209,6 @@ def save_grid(path, rows, header=()):
         draw_grid(rows, header).save(temporary, format="PNG")  # the temporary name's ending says nothing
 
 
-def save_animation(path, frames, milliseconds):
-    """Write PIL images of one size as an animated WebP or GIF, by the ending of `path`; the last one stays for 2 s."""
-    with replacing(path) as temporary:
-        frames[0].save(temporary, format="WEBP" if path.endswith(".webp") else "GIF", save_all=True,
-                       append_images=frames[1:], duration=[milliseconds] * (len(frames) - 1) + [2000], loop=0)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # A page with a slider over k
 

@@ -50,7 +50,7 @@ class TokenizerConfig:
     levels: tuple = (8, 8, 8, 5, 5, 5)
     max_timestep: float = 1.0         # t is scaled so that this becomes 1000 in the time embedding
     # Three standard deviations that matter at initialisation only. The values here are the official ones; small models
-    # trained for minutes need larger ones to start using their tokens at all (README, FAQ).
+    # trained for minutes need larger ones to start using their tokens at all (tiny.py says why).
     position_std: float = 0.02        # of the decoder's register positions
     code_std: float = 0.0             # of the decoder's first layer, the one that reads codes; 0: Xavier as all others
     head_std: float = 0.0             # of the encoder's last layer, the one that feeds the quantiser
@@ -446,7 +446,8 @@ class Decoder(nn.Module):
             registers = torch.cat([registers, self.mask_token.expand(B, 1, -1).to(registers.dtype)], 1)  # (B, k + 1, D)
         if null is not None:
             registers = torch.where(null.to(codes.device, non_blocking=True)[:, None, None], self.null_token, registers)
-        # in training k is the group's room; where that is K none was added, and the last counts once, by the same graph
+        # What the last of these k or k + 1 vectors counts for. In training (k_keep given) at least once: where k is K, no
+        # mask token was added, and the last is a register like the others; one graph serves both.
         return registers, max(self.K - k, 0 if k_keep is None else 1)
 
 
@@ -654,7 +655,8 @@ class FlexTok(nn.Module):
 
     def fingerprint(self):
         """A hash of all that decides an image's tokens, so that a prior is never used with another tokenizer's."""
-        # the weights, and the settings that leave no trace in them
+        # The weights, and the settings that leave no trace in them. scale_codes is there only where it is on, so that
+        # what was made before there was such a setting keeps its hash.
         settings = (repr(self.quantizer), self.config.enc_head_dim, self.vae.config.scaling_factor,
                     *["scale_codes"] * self.config.scale_codes)
         return digest_of(settings, self.vae, self.encoder, self.quantizer)

@@ -33,10 +33,10 @@ import torch
 
 from common import (HALF, UserError, autocast, check_output, check_range, command, from_cli, has_native_bf16, nearest,
                     pick_device, read_json, replacing, shipped, shown, write_json)
-from clips import read_clip, save_clip_grid, windows_of, write_clip
+from clips import read_clip, save_clip_grid, save_pictures, windows_of, write_clip
 from data import Emoji, MovingShapes, list_files, report_skipped, spread, spread_rows
 from evaluate import conditions, draw, load
-from images import draw_grid, fit, psnr, read_image, save_animation, save_grid, save_page, to_float, to_image, to_tensor
+from images import draw_grid, fit, psnr, read_image, save_grid, save_page, to_float, to_image, to_tensor
 from model import FlexTok, powers_of_two
 from video import VideoFlexTok, is_video, rows_of, windows
 
@@ -180,7 +180,8 @@ def generate(config):
             frames.append(draw_grid(sample(tokenizer, list(tokens), config).split(4)))
             if sys.stderr.isatty():
                 print(f"\rframe {len(frames)} of {k} ", end="\n" * (len(frames) == k), file=sys.stderr, flush=True)
-        save_animation(out, frames, milliseconds=max(60, 6000 // k))
+        fps = min(16, k / 6)
+        save_pictures(out, frames + frames[-1:] * round(2 * fps), fps)  # the last one stays for 2 s
         return print(f"wrote {out}")
     ks = powers_of_two(k // rows)
     tokens = list(writing)[-1]                                                    # (n, k), of whole registers

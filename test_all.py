@@ -246,36 +246,6 @@ def a_tokenizer(config=SMALL, seed=0):
     return tokenizer.eval()
 
 
-def plain_encoder(encoder, latents):
-    """All K registers, one attention with a dense mask: the paper's words as code."""
-    patches = encoder.patch_embed(latents)
-    N, K = patches.shape[1], len(encoder.registers)
-    x = torch.cat([patches, encoder.registers.expand(len(patches), -1, -1)], 1)
-    sees = torch.tril(torch.ones(N + K, N + K, dtype=torch.bool))
-    sees[:N, :N] = True  # patches: all patches, and, being first, no register
-    attend = lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale)  # noqa: E731
-    for block in encoder.blocks:
-        x = block(x, attend)
-    return encoder.head(model.norm(x[:, N:]))
-
-
-def plain_decoder(decoder, x_t, t, codes, k_keep, null):
-    """All K registers for every sample, each dropped one a mask token of its own, and adaLN per sample."""
-    registers = decoder.from_codes(codes) + decoder.positions
-    kept = torch.arange(decoder.K) < k_keep[:, None]
-    registers = torch.where(kept[..., None], registers, decoder.mask_token)
-    registers = torch.where(null[:, None, None], decoder.null_token, registers)
-    patches = decoder.patch_embed(x_t)
-    x, N = torch.cat([patches, registers], 1), patches.shape[1]
-    assert x.shape[1] == N + decoder.K
-    attend = lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, scale=scale)  # noqa: E731
-    t_embedding = decoder.time_embed(t.expand(len(x)))
-    for block in decoder.blocks:
-        x = block(x, block.modulation(t_embedding), N, attend)
-    shift, scale = decoder.head_adaln(F.silu(t_embedding)).unsqueeze(1).chunk(2, -1)
-    return model.unpatchify(decoder.head(model.norm(x[:, :N]) * (1 + scale) + shift), decoder.p, *x_t.shape[2:])
-
-
 @pytest.mark.parametrize("K, side, lengths", [(256, 32, [16, 1, 256, 100, 3, 16]), (16, 8, [1, 2, 3, 15, 16, 9])])
 def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
     """K = 256 at side 32 is the plain 512-token computation of the paper's sizes. Mixed k, k = K and the null
@@ -296,8 +266,8 @@ def test_the_savings_change_neither_velocities_nor_gradients(K, side, lengths):
     fast = tokenizer(latents, x_t, t, k_or_0, room_for(k_or_0, K))
     _, tokens = tokenizer.quantizer(tokenizer.encoder(latents))
     fast_gradients = loss_and_gradients(fast)
-    codes, plain_tokens = tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))
-    plain = plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)
+    codes, plain_tokens = tokenizer.quantizer(bench.plain_encoder(tokenizer.encoder, latents))
+    plain = bench.plain_decoder(tokenizer.decoder, x_t, t, codes, k_keep, null)
     plain_gradients = loss_and_gradients(plain)
     assert torch.equal(tokens, plain_tokens)
     assert (fast - plain).abs().max() < 1e-5
@@ -317,8 +287,8 @@ def test_groups_of_about_equal_k_change_nothing_and_give_every_parameter_a_gradi
     for k_keep, groups in (([2, 100, 17, 16, 2, 0], [(1, 64), (1, 100), (4, 16)]), ([100] * 6, [(6, 100)]),
                            ([1] * 6, [(6, 16)]), ([0] * 6, [(6, 16)]),
                            ([65, 64, *[0] * 4], [(1, 64), (1, 100), (4, 16)])):
-        k_keep, plain = torch.tensor(k_keep), tokenizer.quantizer(plain_encoder(tokenizer.encoder, latents))[0]
-        plain = plain_decoder(tokenizer.decoder, x_t, t, plain, k_keep, k_keep == 0)
+        k_keep, plain = torch.tensor(k_keep), tokenizer.quantizer(bench.plain_encoder(tokenizer.encoder, latents))[0]
+        plain = bench.plain_decoder(tokenizer.decoder, x_t, t, plain, k_keep, k_keep == 0)
         seen.clear()
         tokenizer.zero_grad()
         fast = tokenizer(latents, x_t, t, k_keep, room_for(k_keep, 100))
@@ -5641,8 +5611,9 @@ def test_a_typo_in_a_flag_ends_the_script_without_a_traceback(tmp_path, script):
 
 
 @pytest.mark.parametrize("Config", [
-    train_tokenizer.TrainConfig, VAETrainConfig, sample.Reconstruct, sample.Generate, sample.Mix, sample.Encode,
-    sample.Decode, evaluate.Reconstruction, evaluate.Generation, evaluate.Copies])
+    train_tokenizer.TrainConfig, train_ar.ARConfig, train_video.VideoTrainConfig, VAETrainConfig, sample.Reconstruct,
+    sample.Generate, sample.Mix, sample.Encode, sample.Decode, evaluate.Reconstruction, evaluate.Generation,
+    evaluate.Copies, evaluate.Clips])
 def test_every_flag_has_a_help_text(Config, capsys):
     with pytest.raises(SystemExit) as caught:
         from_cli(Config, argv=["--help"], positional="paths")

@@ -43,15 +43,15 @@ class ARConfig:
     data: str = "emoji"                  # emoji, shapes, or a folder of images; of clips: moving, or a folder
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
-    views: int = 10                      # versions of each image, half of all as it is; of shapes: more scenes
+    views: int = 10                      # versions of each image, drawn half of the time as it is; of shapes: more scenes
     out: str = "out/prior"               # the run's directory
     init: str = ""                       # a trained prior of these sizes to go on from; empty: random weights
     workers: int = 0                     # processes that load tokens, per GPU
     # model
     condition: tuple = ("class", "text")  # what it can be asked for: class, text, both, or none
     length: int = 0                      # tokens per image, the first ones; 0: all the tokenizer has
-    width: int = 768
-    depth: int = 12
+    width: int = 768                     # of the blocks
+    depth: int = 12                      # blocks
     head_dim: int = 64                   # size of an attention head
     caption_width: int = 128             # of the caption encoder
     caption_depth: int = 2               # of the caption encoder

@@ -31,7 +31,7 @@ from common import (Log, Run, UserError, attention_kernel, autocast, barrier, ch
 from data import Cached, batches, open_data, spread
 from evaluate import reconstruction
 from images import draw_curves, save_grid, to_float
-from model import Attention, FlexTok, TokenizerConfig, make_quantizer, sample_k, unloaded
+from model import FlexTok, TokenizerConfig, sample_k, unloaded
 from runs import (Average, Checkpoints, Means, Recorded, Scaler, check_run, fill_with_average, optimizer_for,
                   provenance, read_saved, recorded, seconds_of, shard, snapshot)
 from vae import VAE
@@ -102,7 +102,7 @@ class TrainConfig:
 # epochs of ImageNet. Time by arithmetic, not run: 0.58, 1.9 and 4.4 TFLOP per image, 40 % of an H100's peak.
 PAPER = dict(data="data/imagenet/train", vae_preset="in1k", image_size=256, batch_size=2048, micro_batch=64,
              steps=100_000, lr=5.6e-4, warmup=8000, workers=12, sample_posterior=True)
-# What makes a run of minutes use its tokens, and learn fast: the README's FAQ has the reasons, JOURNAL.md the trials
+# What makes a run of minutes use its tokens, and learn fast: tiny.py has the reasons, JOURNAL.md the trials
 SHORT = dict(position_std=1.0, code_std=1.0, head_std=0.1, scale_codes=True, pure_noise_share=0.3, t_mean=0.5,
              muon_lr=0.01, levels=(4, 4, 4, 4, 4))  # 1,024 tokens: few enough for a small prior
 PRESETS = {
@@ -253,7 +253,12 @@ def seconds_after_vae(config, run, vae, n):
 
 
 def seconds_to_come(config, run, vae):
-    """About how long `vae` takes for an image, and the tokenizer for all its steps: timed with random weights."""
+    """About how long `vae` takes for an image, and the tokenizer for all its steps: timed with random weights.
+
+    Nothing is known with --shard: whole, the model may not fit.
+    """
+    if config.shard:
+        return 0.0, 0.0
     tokenizer, b = build_tokenizer(config, vae).to(run.device), config.batch_size // run.world
     side, micro = config.image_size, config.micro_batch or b
     images = torch.zeros(micro, 3, side, side, dtype=torch.uint8, device=run.device)
@@ -320,7 +325,7 @@ def wrapped(raw, ema, config, run):
             trunks = [part for part in (encoder, decoder, tokenizer.quantizer) if list(part.parameters())]
             shard(trunks, units, run, config.precision)
             tokenizer.quantizer.to(run.device)
-    elif run.world > 1:  # no second copy of gradients; buffers are constants
+    elif run.world > 1:  # no second copy of gradients
         return DistributedDataParallel(raw, gradient_as_bucket_view=True)
     return raw
 
@@ -473,14 +478,12 @@ def check(config, run):
                             "minutes have it): give --muon_lr 0")
     if config.freeze_encoder and not config.init:
         raise UserError("--freeze_encoder: needs --init DIR, the trained tokenizer whose encoder is to stay")
-    if config.vae:
-        VAE.from_pretrained(config.vae)
+    vae = VAE.from_pretrained(config.vae) if config.vae else None
     try:
         sample_k(1, config.registers, config.nested_dropout)
-        make_quantizer(TokenizerConfig(levels=tuple(config.levels)))
         with torch.device("meta"):
-            for width, depth in ((config.enc_width, config.enc_depth), (config.dec_width, config.dec_depth)):
-                Attention(width or 64 * depth, config.head_dim)
+            build_tokenizer(config, vae or VAE(stage0.vae_config_of(
+                stage0.VAETrainConfig(**stage0.PRESETS[config.vae_preset]))))
     except ValueError as error:
         raise UserError(f"these settings do not make a model: {error}") from None
 

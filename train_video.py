@@ -49,7 +49,7 @@ class VideoTrainConfig:
     image_size: int = 32             # side of a frame in pixels
     frames: int = 17                 # of a window, 1 + 4n
     vae: str = ""                    # directory of an image VAE, or of a video tokenizer for its VAE; empty: train one
-    vae_preset: str = "shapes32"     # which preset of vae.py to train, always on drawn shapes, if --vae is empty
+    vae_preset: str = "shapes32"     # which preset of vae.py to train, on its own data, if --vae is empty
     cache_latents: int = 0           # keep the latents of so many windows of each clip; 0: encode clips in every step
     out: str = "out/video"           # the run's directory
     workers: int = 0                 # processes that draw clips
@@ -326,7 +326,8 @@ def check(config, run):
     check_run(config, run)
     if run.world > 1:
         raise UserError(f"{run.world} processes: train_video.py runs in one")
-    check_range(config, 1, math.inf, "frames", "eval_clips")
+    check_range(config, 5, math.inf, "frames")
+    check_range(config, 1, math.inf, "eval_clips")
     check_range(config, 0, math.inf, "patch_position_std")
     check_range(config, 0, 1, "stage_2", "first_frame_p")
     check_method(config)

@@ -373,22 +373,21 @@ class VideoFlexTok(nn.Module):
 
     @torch.no_grad()
     def detokenize_windows(self, tokens, timesteps=30, guidance_scale=20.0, perform_norm_guidance=True, generator=None,
-                           first_frames=None, latent_size=None, noise=None):
+                           first_frames=None, noise=None):
         """The frames of `detokenize`, window by window: (B, 3, 17, H, W), then (B, 3, 16, H, W) each.
 
         All clips have the same number t of rows. Rows of less than K tokens are filled with the mask token.
         timesteps, guidance_scale, perform_norm_guidance and generator are those of `FlexTok.detokenize`. first_frames
-        (B, 3, 1 + 4j, H, W): how the clip begins; the tokens of those rows are then ignored. latent_size: (h, w) of a
-        frame's latents; None is the size of training. noise: a tensor (B, C, T, h, w) for each window instead of drawn
-        ones. Raises ValueError for tokens that are no such list.
+        (B, 3, 1 + 4j, H, W): how the clip begins; the tokens of those rows are then ignored. noise: a tensor
+        (B, C, T, h, w) for each window instead of drawn ones. Raises ValueError for tokens that are no such list.
         """
         if timesteps < 1:
             raise ValueError(f"timesteps={timesteps}: expected at least 1")
         codes, k_keep = self.codes_of(tokens)                                     # (B, t, k, L), (B,) or None
-        most = min(self.config.frames, 4 * codes.shape[1] - 3)  # of the first window, as far as the clip has one
+        most = min(self.config.frames, 4 * codes.shape[1] - 3)  # those of the first window, or of a shorter clip
         if first_frames is not None and first_frames.shape[2] > most:
             raise ValueError(f"{first_frames.shape[2]} first frames: expected 1 + 4n, at most {most}")
-        h, w = latent_size or (side * self.config.patch_size for side in self.config.grid)
+        h, w = (side * self.config.patch_size for side in self.config.grid)
         T, overlap, given = rows_of(self.config.frames), self.config.overlap, first_frames
         for i, (first, end) in enumerate(windows(codes.shape[1], T, rows_of(overlap), "rows of tokens")):
             window = codes[:, first:end]                                          # (B, T, k, L)
@@ -537,7 +536,7 @@ class ClipSequences:
 
 def unloaded_video(config, vae_config, where):
     """A VideoFlexTok whose tensors have shapes but no memory, for `load_weights` to fill. UserError for silly sizes."""
-    if max(config.enc_depth, config.dec_depth, getattr(vae_config, "layers_per_block", 0)) > 1000:
+    if max(config.enc_depth, config.dec_depth, vae_config.layers_per_block) > 1000:
         raise UserError(f"{where}: more than 1000 layers are not read")
     T = rows_of(config.frames)
     if max(T, *config.grid) > min(config.enc_positions, config.dec_positions) \

@@ -3,7 +3,7 @@ The Hugging Face hub: names of checkpoints become files, from the same cache as 
 
     "owner/name" --find--> (path of its config, path of its weights), downloaded if they are not in the cache
 
-Nothing to run here; `from_pretrained` of FlexTok, VAE and GPT uses it for names that are no directory.
+Nothing to run here; `from_pretrained` of FlexTok, VideoFlexTok, VAE and GPT uses it for names that are no directory.
 """
 import hashlib
 import os

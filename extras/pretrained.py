@@ -268,7 +268,8 @@ def follow_clip_config(config, where):
         except UserError as refusal:
             refusals.append(refusal)
     else:
-        raise refusals["Packer" in str(refusals[0])]
+        # that of the order which fits: the first refusal speaks of a Packer only where it is the order that does not
+        raise refusals[1] if "Packer" in str(refusals[0]) else refusals[0]
     L, T, levels, p = (sizes.pop(size) for size in ("L", "T", "levels", "patch_size"))
     for size in ("enc_positions", "dec_positions", "code_positions"):
         sizes.pop(size)  # their tables tell
@@ -537,7 +538,7 @@ def official_tensors(model, names, registers_first=False):
 
 def load_official(model, tensors, names, path, device, dtype, registers_first=False):
     """Put `tensors` of the official form, from the file `path`, into a tokenizer without memory; returns it in eval
-    mode. names, registers_first: from `follow_config`. Raises `UserError` where they do not fit.
+    mode. names, registers_first: from `follow_config` or `follow_clip_config`. Raises `UserError` where they do not fit.
     """
     called = {ours: official_name(ours, names) for ours in model.state_dict()}
     for ours, like in model.state_dict().items():
@@ -1232,7 +1233,7 @@ def inspect(name):
     configs = [model.config]
     if isinstance(model, GPT):
         configs.append(FlexARConfig(**model.official.get("variants", {})))
-    elif not isinstance(model, VAE) and model.vae.config:
+    elif not isinstance(model, VAE):
         configs.append(model.vae.config)
     for config in configs:
         print(f"  {type(config).__name__}; in brackets what is usual:")
