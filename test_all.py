@@ -1846,6 +1846,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     (dict(t_sampler="normal"), "--t_sampler normal"), (dict(nested_dropout="pow3"), "pow3"),
     (dict(levels=(1, 8)), "levels"),
     (dict(head_dim=48), "head_dim 48"), (dict(seed=-1), "--seed -1"), (dict(log_every=0), "--log_every 0"),
+    (dict(enc_width=50, head_dim=50), "width 50"), (dict(patch_size=3), "--image_size 16: expected a multiple of 6"),
     (dict(micro_batch=3), "--batch_size 8"), (dict(vae="", vae_preset="none"), "--vae_preset none"),
     (dict(precision="fp8"), "--precision fp8"), (dict(cache_latents=1, micro_batch=-1), "--micro_batch -1"),
     (dict(dec_depth=0), "--dec_depth 0"), (dict(lr=math.nan), "--lr nan"), (dict(steps=10**400), "--steps 1000"),
@@ -4191,7 +4192,7 @@ def test_kept_latents_of_clips_are_those_of_every_step_in_16_bits(clip_run, tmp_
 
 @pytest.mark.parametrize("changes, words", [
     ({"data": "emoji"}, "--data emoji: expected moving"), ({"frames": 16}, "frames 16: expected 1 [+] 4n"),
-    ({"image_size": 9}, "multiple of 4"), ({"vae_preset": "none"}, "--vae_preset none"),
+    ({"frames": 1}, "--frames 1: expected"), ({"image_size": 9}, "multiple of 4"), ({"vae_preset": "none"}, "--vae_preset none"),
     ({"vae": "assets/video", "vae_preset": "none"}, "--vae_preset none"), ({"vae": "none"}, "none"),
     ({"nested_dropout": "half"}, "half"), ({"precision": "half"}, "--precision half"),
     ({"head_dim": 24}, "head_dim 24"), ({"stage_2": 2.0}, "--stage_2 2.0")])
@@ -4378,6 +4379,8 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     other.save_pretrained(str(tmp_path / "other"))
     for arguments, message in ((["copy"], "copy: expected .*; did you mean copies?"), (["generation", "gone"], "gone"),
                                (["copies", "--n", "0"], "--n 0: expected 1 to 721"),
+                               (["copies", tiny_tokenizer, a_small_prior(tmp_path / "no text", tokenizer, text=False)],
+                                "no text: was not trained on both"),
                                (["generation", str(tmp_path / "other"), prior], "tokens of another tokenizer than")):
         with pytest.raises(UserError, match=message):
             evaluate.main(arguments)
