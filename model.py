@@ -446,8 +446,8 @@ class Decoder(nn.Module):
             registers = torch.cat([registers, self.mask_token.expand(B, 1, -1).to(registers.dtype)], 1)  # (B, k + 1, D)
         if null is not None:
             registers = torch.where(null.to(codes.device, non_blocking=True)[:, None, None], self.null_token, registers)
-        # What the last of these k or k + 1 vectors counts for. In training (k_keep given) at least once: where k is K, no
-        # mask token was added, and the last is a register like the others; one graph serves both.
+        # and what the last vector counts for: in training (k_keep given) at least once, for where k is K no mask token
+        # was added, and the last is a register like the others; one graph serves both
         return registers, max(self.K - k, 0 if k_keep is None else 1)
 
 
