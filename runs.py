@@ -553,8 +553,8 @@ class Recorded:
         """function(what, *tensors). `what`: all that is no tensor; tensors: on the GPU, or None.
 
         With another `what`, or other shapes, it is recorded anew, so that micro-batches below 16, whose samples are
-        grouped otherwise each time, run without ever being recorded. The first three calls run as they are: in them torch chooses and compiles
-        kernels, and makes gradients.
+        grouped otherwise each time, run without ever being recorded. The first three calls run as they are: in them
+        torch chooses and compiles kernels, and makes gradients.
         """
         key = (what, *(x if x is None else x.shape for x in tensors))
         if key != self.key:

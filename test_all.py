@@ -4192,7 +4192,8 @@ def test_kept_latents_of_clips_are_those_of_every_step_in_16_bits(clip_run, tmp_
 
 @pytest.mark.parametrize("changes, words", [
     ({"data": "emoji"}, "--data emoji: expected moving"), ({"frames": 16}, "frames 16: expected 1 [+] 4n"),
-    ({"frames": 1}, "--frames 1: expected"), ({"image_size": 9}, "multiple of 4"), ({"vae_preset": "none"}, "--vae_preset none"),
+    ({"frames": 1}, "--frames 1: expected"), ({"image_size": 9}, "multiple of 4"),
+    ({"vae_preset": "none"}, "--vae_preset none"),
     ({"vae": "assets/video", "vae_preset": "none"}, "--vae_preset none"), ({"vae": "none"}, "none"),
     ({"nested_dropout": "half"}, "half"), ({"precision": "half"}, "--precision half"),
     ({"head_dim": 24}, "head_dim 24"), ({"stage_2": 2.0}, "--stage_2 2.0")])

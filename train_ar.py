@@ -43,7 +43,7 @@ class ARConfig:
     data: str = "emoji"                  # emoji, shapes, or a folder of images; of clips: moving, or a folder
     tokenizer: str = "assets/emoji64"    # directory of a trained tokenizer
     tokens: str = ""                     # file of tokens, made if it is not there; empty: <out>/tokens.npy
-    views: int = 10                      # versions of each image, drawn half of the time as it is; of shapes: more scenes
+    views: int = 10                      # versions of each image, half of the time as it is; of shapes: more scenes
     out: str = "out/prior"               # the run's directory
     init: str = ""                       # a trained prior of these sizes to go on from; empty: random weights
     workers: int = 0                     # processes that load tokens, per GPU

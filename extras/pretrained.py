@@ -538,7 +538,7 @@ def official_tensors(model, names, registers_first=False):
 
 def load_official(model, tensors, names, path, device, dtype, registers_first=False):
     """Put `tensors` of the official form, from the file `path`, into a tokenizer without memory; returns it in eval
-    mode. names, registers_first: from `follow_config` or `follow_clip_config`. Raises `UserError` where they do not fit.
+    mode. names, registers_first: from `follow_config`, `follow_clip_config`. Raises `UserError` where they do not fit.
     """
     called = {ours: official_name(ours, names) for ours in model.state_dict()}
     for ours, like in model.state_dict().items():
