@@ -169,10 +169,15 @@ class Preprocessor(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.length, config.width))
         self.cls_embedding = nn.Embedding(config.classes, config.width) if config.classes else None
 
-    def forward(self, tokens, labels=None):
-        """tokens (B, n) -> (B, n + 1, D), the start first. labels (B,): a class is added to it; -1 adds nothing."""
+    def forward(self, tokens, labels=None, kept=None):
+        """tokens (B, n) -> (B, n + 1, D), the start first. labels (B,): a class is added to it; -1 adds nothing.
+
+        kept (B, n), bools: where False, the token is not told, only that there is one. None: all are.
+        """
         B, n = tokens.shape
-        x = torch.cat([self.sos_token_embed.expand(B, -1, -1), self.embedding(tokens)], 1)  # (B, n + 1, D)
+        x = self.embedding(tokens)                                                # (B, n, D)
+        x = x if kept is None else x * kept[..., None]                            # (B, n, D)
+        x = torch.cat([self.sos_token_embed.expand(B, -1, -1), x], 1)             # (B, n + 1, D)
         x = x + self.positional_embedding[:n + 1]                                 # (B, n + 1, D)
         if labels is not None:
             # Trap: the official code zeroes -1 in the caller's own tensor, so that from the second token on its
@@ -289,9 +294,9 @@ class GPT(nn.Module):
         """Of the weights."""
         return self.preprocessor.sos_token_embed.dtype
 
-    def hidden(self, tokens, labels=None, text=None, text_mask=None):
-        """Like `forward`, but the input of the head, (B, T, D)."""
-        x = self.preprocessor(tokens[:, :-1], labels)                             # (B, T, D)
+    def hidden(self, tokens, labels=None, text=None, text_mask=None, kept=None):
+        """Like `forward`, but the input of the head, (B, T, D). kept (B, T - 1): as `Preprocessor.forward` takes it."""
+        x = self.preprocessor(tokens[:, :-1], labels, kept)                       # (B, T, D)
         return self.trunk(x, [(None, of_block) for of_block in self.memory(text, text_mask, len(tokens))])
 
     def forward(self, tokens, labels=None, text=None, text_mask=None):
@@ -302,9 +307,9 @@ class GPT(nn.Module):
         """
         return self.head(self.hidden(tokens, labels, text, text_mask))
 
-    def loss(self, tokens, labels=None, text=None, text_mask=None):
+    def loss(self, tokens, labels=None, text=None, text_mask=None, kept=None):
         """Mean cross-entropy in nats per token, and that of each token (B, T), without gradient."""
-        x = self.hidden(tokens, labels, text, text_mask)                          # (B, T, D)
+        x = self.hidden(tokens, labels, text, text_mask, kept)                    # (B, T, D)
         mean, each = self.head.loss(x.flatten(0, 1), tokens.flatten())            # (), (B·T,)
         return mean, each.view(tokens.shape)                                      # (B, T)
 

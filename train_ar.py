@@ -59,6 +59,7 @@ class ARConfig:
     # method
     condition_dropout: float = 0.1       # chance per sample to be trained without any condition, which guidance needs
     word_dropout: float = 0.0            # chance per caption that a coin decides for each word whether it stays
+    token_dropout: float = 0.0           # chance per token that those after it are not told which it is
     # optimisation
     steps: int = 100_000                 # optimizer steps
     batch_size: int = 256                # images per step over all processes and micro-batches
@@ -127,7 +128,7 @@ RUN_FIELDS = ("out", "workers", "device", "precision", "compile", "log_every", "
 # The algorithm
 
 
-def training_loss(gpt, tokens, labels, ids, mask):
+def training_loss(gpt, tokens, kept, labels, ids, mask):
     """How surprised the prior is by each token: -log p in nats, the mean, and each (b, T) without gradient.
 
     Paper Sec. 3.3.
@@ -140,7 +141,7 @@ def training_loss(gpt, tokens, labels, ids, mask):
     # Token i is predicted from those before it. They are ordered, so that the first ones decide what is in the picture:
     # whoever writes them one by one can stop anywhere and has an image.
     # FORK: another objective. Return its mean, and one number for each token, for the log.
-    return gpt.loss(tokens, labels, text, mask)                                   # (), (b, T)
+    return gpt.loss(tokens, labels, text, mask, kept)                             # (), (b, T)
 
 
 class Loss(nn.Module):
@@ -150,8 +151,8 @@ class Loss(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, tokens, labels, ids, mask):
-        return training_loss(self.gpt, tokens, labels, ids, mask)
+    def forward(self, tokens, kept, labels, ids, mask):
+        return training_loss(self.gpt, tokens, kept, labels, ids, mask)
 
 
 def drop_conditions(config, labels, captions, step, run):
@@ -174,6 +175,15 @@ def drop_conditions(config, labels, captions, step, run):
                 for no, few, coin, caption in zip(no_text[mine], fewer, coins, captions)]
     captions = captions if "text" in config.condition else None
     return labels, captions
+
+
+def kept_tokens(config, T, step, run):
+    """Which tokens the prior may read, (b, T - 1) bools, drawn as above; None if there is no --token_dropout."""
+    if not config.token_dropout:
+        return None
+    B, source = config.batch_size, generator("cpu", config.seed, step, "tokens")
+    kept = torch.rand(B, T - 1, generator=source) >= config.token_dropout         # (B, T - 1)
+    return kept[run.part(B)].to(run.device, non_blocking=True)                    # (b, T - 1)
 
 
 def some_words(caption, keep):
@@ -251,7 +261,7 @@ def seconds_to_come(config, run, tokenizer, classes):
     def step():
         with autocast(run.device, config.precision), attention_kernel(run.device):
             words = gpt.text_encoder.tokenize(["a few words"] * micro) if gpt.text_encoder else (None, None)
-            loss, _ = training_loss(gpt, tokens, None, *words)
+            loss, _ = training_loss(gpt, tokens, None, None, *words)
         loss.backward()
         if muon:
             muon.step()
@@ -397,11 +407,12 @@ def train(config, run, checkpoints, tokenizer, images):
         captions = [dataset.caption(i) for i in indices.tolist()]
         labels, captions = drop_conditions(config, labels, captions, step, run)
         labels = None if labels is None else labels.to(run.device, non_blocking=True)  # (b,)
+        kept = kept_tokens(config, T, step, run)                                  # (b, T - 1) or None
         words = (None, None) if captions is None else \
             raw.text_encoder.tokenize(captions, multiple=16 if config.compile else 1)  # (b, M, P), (b, M)
         for part in (slice(i, i + micro) for i in range(0, b, micro)):
             model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
-            given = (x if x is None else x[part] for x in (tokens, labels, *words))
+            given = (x if x is None else x[part] for x in (tokens, kept, labels, *words))
             means.add(*by_position(learn(None, *given)))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
@@ -435,7 +446,7 @@ def check(config, run):
     check_range(config, 1, math.inf, "eval_images", "views", "width", "depth", "head_dim", "caption_width",
                 "caption_depth", "caption_words")
     check_range(config, 0, math.inf, "length", "micro_batch", "mup_base_width", "weight_decay", "cfg_scale")
-    check_range(config, 0, 1, "word_dropout", "beta2", "muon_lr")
+    check_range(config, 0, 1, "word_dropout", "token_dropout", "beta2", "muon_lr")
     if not 0 <= config.condition_dropout < 1:
         raise UserError(f"--condition_dropout {config.condition_dropout}: expected at least 0 and less than 1")
     if config.caption_width % CaptionConfig.head_dim:
