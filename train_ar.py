@@ -128,7 +128,7 @@ RUN_FIELDS = ("out", "workers", "device", "precision", "compile", "log_every", "
 # The algorithm
 
 
-def training_loss(gpt, tokens, kept, labels, ids, mask):
+def training_loss(gpt, tokens, labels, ids, mask, kept=None):
     """How surprised the prior is by each token: -log p in nats, the mean, and each (b, T) without gradient.
 
     Paper Sec. 3.3.
@@ -151,8 +151,8 @@ class Loss(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, tokens, kept, labels, ids, mask):
-        return training_loss(self.gpt, tokens, kept, labels, ids, mask)
+    def forward(self, tokens, labels, ids, mask, kept=None):
+        return training_loss(self.gpt, tokens, labels, ids, mask, kept)
 
 
 def drop_conditions(config, labels, captions, step, run):
@@ -261,7 +261,7 @@ def seconds_to_come(config, run, tokenizer, classes):
     def step():
         with autocast(run.device, config.precision), attention_kernel(run.device):
             words = gpt.text_encoder.tokenize(["a few words"] * micro) if gpt.text_encoder else (None, None)
-            loss, _ = training_loss(gpt, tokens, None, None, *words)
+            loss, _ = training_loss(gpt, tokens, None, *words)
         loss.backward()
         if muon:
             muon.step()
@@ -412,7 +412,7 @@ def train(config, run, checkpoints, tokenizer, images):
             raw.text_encoder.tokenize(captions, multiple=16 if config.compile else 1)  # (b, M, P), (b, M)
         for part in (slice(i, i + micro) for i in range(0, b, micro)):
             model.require_backward_grad_sync = part.stop == b  # DDP: talk once per step, not once per micro-batch
-            given = (x if x is None else x[part] for x in (tokens, kept, labels, *words))
+            given = (x if x is None else x[part] for x in (tokens, labels, *words, kept))
             means.add(*by_position(learn(None, *given)))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip)
