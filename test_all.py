@@ -2997,6 +2997,22 @@ def test_conditions_are_dropped_as_often_as_said_and_independently_of_the_number
     assert abs(one_c.count("a red star") / 4000 - 0.625) < 0.03
 
 
+def test_a_token_that_is_not_told_changes_nothing_after_it():
+    gpt, tokens = small_gpt(), torch.randint(50, (2, 12))
+    other, kept = tokens.clone(), torch.ones(2, 11, dtype=torch.bool)
+    other[:, 4] = (other[:, 4] + 1) % 50
+    told, otherwise = (gpt.loss(x, kept=kept)[1] for x in (tokens, other))        # (2, 12) each
+    assert torch.equal(told, gpt.loss(tokens)[1]) and (told[:, 5:] != otherwise[:, 5:]).any(0).all()
+    kept[:, 4] = False
+    hidden, otherwise = (gpt.loss(x, kept=kept)[1] for x in (tokens, other))
+    assert torch.equal(hidden[:, 5:], otherwise[:, 5:]) and (hidden[:, 5:] != told[:, 5:]).any(0).all()
+    config = train_ar.ARConfig(token_dropout=0.2, batch_size=4000)
+    whole = train_ar.kept_tokens(config, 12, 5, Run(torch.device("cpu")))         # (4000, 11)
+    two = [train_ar.kept_tokens(config, 12, 5, Run(torch.device("cpu"), r, 2)) for r in range(2)]
+    assert torch.equal(whole, torch.cat(two)) and abs(whole.float().mean() - 0.8) < 0.01
+    assert train_ar.kept_tokens(train_ar.ARConfig(), 12, 5, Run(torch.device("cpu"))) is None
+
+
 def test_mup_slows_matrices_down_and_nothing_else():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(vocab_size=20, length=4, width=64, depth=1, head_dim=16, classes=3))
