@@ -14,14 +14,17 @@ by one, 4.86 after 2,660 with words.)
     python text.py          # prints ids, mask and shapes of three captions                           Next: ar.py
 """
 import functools
+import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-WORD_BYTES = 12           # P, of the longest word; longer ones are cut into several
+WORD_BYTES = 12           # of the longest word; longer ones are cut into several
+BUCKETS = 8192            # how many words have a vector of their own; of more, some share one
 END = 1 + 256 * WORD_BYTES  # an id like a byte's. It closes every caption: the empty one has to hold something too
+P = 1 + WORD_BYTES        # ids of a word
 
 
 @dataclass
@@ -35,10 +38,11 @@ class CaptionConfig:
 
 @functools.lru_cache(maxsize=100_000)
 def word_ids(word):
-    """A word -> its pieces, each P ids: byte b at place i of a piece is 1 + 256·i + b, and 0 is none."""
+    """A word -> its pieces, each P ids: that of the whole, then byte b at place i is 1 + 256·i + b, and 0 is none."""
     data = word.encode("utf-8", "replace")
     pieces = [data[start:start + WORD_BYTES] for start in range(0, len(data), WORD_BYTES)]
-    return [[1 + 256 * i + byte for i, byte in enumerate(piece)] + [0] * (WORD_BYTES - len(piece)) for piece in pieces]
+    return [[END + 1 + zlib.crc32(piece) % BUCKETS] + [1 + 256 * i + byte for i, byte in enumerate(piece)]
+            + [0] * (WORD_BYTES - len(piece)) for piece in pieces]
 
 
 class CaptionBlock(nn.Module):
@@ -69,7 +73,7 @@ class CaptionEncoder(nn.Module):
             raise ValueError(f"caption width {config.width} is not a multiple of head_dim {config.head_dim}")
         self.config = config
         self.width = config.width
-        self.embedding = nn.Embedding(END + 1, config.width)
+        self.embedding = nn.Embedding(END + 1 + BUCKETS, config.width)
         self.positions = nn.Parameter(torch.empty(config.max_words + 1, config.width))  # + 1: END
         self.blocks = nn.ModuleList(CaptionBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -87,7 +91,7 @@ class CaptionEncoder(nn.Module):
         for caption in captions:
             words = caption.lower().strip(" .\"“”").replace(",", " ").split()
             pieces = [piece for word in words for piece in word_ids(word)][:self.config.max_words]
-            rows.append(torch.tensor([*pieces, [END] + [0] * (WORD_BYTES - 1)]))  # (m, P)
+            rows.append(torch.tensor([*pieces, [END] + [0] * (P - 1)]))  # (m, P)
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # (B, M, P)
         M = ids.shape[1]
         ids = F.pad(ids, (0, 0, 0, min(-M % multiple, self.config.max_words + 1 - M)))  # (B, M, P)

@@ -101,7 +101,7 @@ PRESETS = {
     "emoji64-cpu": dict(  # a CPU core, after train_tokenizer.py --preset emoji64-cpu
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=16, width=192, depth=4,
         head_dim=48, caption_width=96, word_dropout=0.3, token_dropout=0.2, cfg_scale=2.0,
-        steps=5000, batch_size=64, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.998, eval_every=2500),
+        steps=3000, batch_size=128, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.998, eval_every=1500),
     "emoji64": dict(      # one H100, 3 minutes with --compile (stopped at 4,653), after train_tokenizer.py's emoji64
         data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=256, depth=6, workers=4,
         caption_width=128, word_dropout=0.3, cfg_scale=2.0,
