@@ -70,7 +70,7 @@ from fsq import FSQ
 from model import (AdaLNBlock, Decoder, Encoder, FlexTok, TokenizerConfig, full_attention, patchify, room_for,
                    sample_k, sincos_2d, unpatchify)
 from extras.pretrained import export_official
-from text import END, WORD_BYTES, CaptionConfig, CaptionEncoder
+from text import BUCKETS, END, P, CaptionConfig, CaptionEncoder, word_ids
 from vae import VAE, Posterior, VAEConfig, VAETrainConfig, adaptive_weight, config_from_diffusers, hinge_loss, spread
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2770,12 +2770,13 @@ def test_yaml_references_lists_and_comments_are_read():
 # is looked at.
 
 
-def test_captions_become_words_of_bytes_with_an_end():
+def test_captions_become_words_and_their_bytes_with_an_end():
     encoder = CaptionEncoder(CaptionConfig(max_words=3))
-    P, nothing = WORD_BYTES, [0] * WORD_BYTES
-    end = [END] + [0] * (P - 1)
+    nothing, end = [0] * P, [END] + [0] * (P - 1)
     def word(letters):
-        return [1 + 256 * i + byte for i, byte in enumerate(letters.encode())] + [0] * (P - len(letters.encode()))
+        data = letters.encode()
+        spelled = [1 + 256 * i + byte for i, byte in enumerate(data)] + [0] * (P - 1 - len(data))
+        return [END + 1 + zlib.crc32(data) % BUCKETS, *spelled]
     ids, mask = encoder.tokenize([" ab  cö ", "one two three four", "", "abcdefghijklmnop"])
     assert ids.tolist() == [[word("ab"), word("cö"), end, nothing], [word("one"), word("two"), word("three"), end],
                             [end, nothing, nothing, nothing], [word("abcdefghijkl"), word("mnop"), end, nothing]]
@@ -2797,10 +2798,10 @@ def test_letters_and_words_in_another_order_are_another_caption():
     states, _ = encoder(*encoder.tokenize(["red star", "star red", "der star", "red tsar"]))  # (4, 3, E)
     apart = torch.cdist(states.flatten(1), states.flatten(1)) + 10 * torch.eye(4)
     assert apart.min() > 0.1
-    # the vectors of a word's bytes are added, and nothing stands where there is no byte
-    bytes_of = encoder.embedding.weight[[1 + ord("r"), 257 + ord("e"), 513 + ord("d")]].sum(0)
+    # the vectors of a word and of its bytes are added, and nothing stands where there is no byte
+    parts = encoder.embedding.weight[[word_ids("red")[0][0], 1 + ord("r"), 257 + ord("e"), 513 + ord("d")]].sum(0)
     encoder.blocks, encoder.norm = torch.nn.ModuleList(), torch.nn.Identity()
-    assert torch.allclose(encoder(*encoder.tokenize(["red"]))[0][0, 0], bytes_of + encoder.positions[0], atol=1e-6)
+    assert torch.allclose(encoder(*encoder.tokenize(["red"]))[0][0, 0], parts + encoder.positions[0], atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------

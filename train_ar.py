@@ -4,8 +4,8 @@ Train the prior: a GPT that writes the tokens of a trained tokenizer, by class a
     images --tokenizer, once--> tokens.npy (n·views, K) --GPT--> how likely is each token, given those before it
                                 labels, captions ------------>   loss = -log p(token)
 
-Paper: FlexTok, arXiv 2502.13967, section 3.3. Differences: no dropout inside the network; captions are read by a small
-encoder that is trained along, not by a frozen T5.
+Paper: FlexTok, arXiv 2502.13967, section 3.3. Differences: no dropout inside the network, `token_dropout`
+before it instead; captions are read by a small encoder that is trained along, not by a frozen T5.
 
     python train_ar.py --preset cpu                                              # after train_tokenizer.py --preset cpu
     python train_ar.py --preset emoji64-cpu
@@ -98,13 +98,13 @@ PRESETS = {
         data="moving", tokenizer="out/video-cpu", out="out/video-cpu-prior", views=1, width=128, depth=4, head_dim=32,
         caption_width=64, cfg_scale=3.0, condition=("text",),
         steps=3000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1500),
-    "emoji64-cpu": dict(  # a CPU core, after train_tokenizer.py --preset emoji64-cpu
+    "emoji64-cpu": dict(  # two CPU cores, 25 minutes, after train_tokenizer.py --preset emoji64-cpu
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=16, width=192, depth=4,
         head_dim=48, caption_width=96, word_dropout=0.3, token_dropout=0.2, cfg_scale=2.0,
         steps=3000, batch_size=128, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.998, eval_every=1500),
-    "emoji64": dict(      # one H100, 3 minutes with --compile (stopped at 4,653), after train_tokenizer.py's emoji64
+    "emoji64": dict(      # one H100, 3 minutes with --compile (run without token_dropout), after train_tokenizer.py's
         data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=256, depth=6, workers=4,
-        caption_width=128, word_dropout=0.3, cfg_scale=2.0,
+        caption_width=128, word_dropout=0.3, token_dropout=0.2, cfg_scale=2.0,
         steps=6000, batch_size=256, lr=1.5e-3, muon_lr=0.01, warmup=200, ema_decay=0.999, eval_every=3000),
     "49M": dict(          # the paper's smallest (not run): 8 GPUs, ImageNet in --data, a trained --tokenizer
         PAPER, width=SIZES["49M"][0], depth=SIZES["49M"][1], out="out/prior-49M"),
