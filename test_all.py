@@ -4434,6 +4434,36 @@ def test_the_judge_knows_training_pictures_and_what_was_asked_for(monkeypatch, c
         "class": [emoji.label(3)], "thing": [emoji.members[3][1]], "style": [emoji.style(3)]}
 
 
+def test_the_judge_of_emoji_learns_from_pairs_of_one_thing(monkeypatch):
+    class FewEmoji(Emoji):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.members = [member for member in self.members if member[1] % 12 == 0]
+
+    monkeypatch.setattr(evaluate, "open_data", lambda data, size, split, augment: FewEmoji(size, split, augment))
+    paired = []
+
+    def recoloured(images):  # sees what is compared
+        paired.append(images)
+        return images
+    monkeypatch.setattr(evaluate, "recoloured", recoloured)
+    judge, emoji = evaluate.Judge("emoji", 32, 2), FewEmoji(32, "train", augment=False)
+    wanted = evaluate.factors(emoji, range(40))
+    verdict, _ = judge.verdict(to_float(torch.stack([emoji.get(i, None) for i in range(40)])), wanted)
+    assert verdict["thing"].mean() == verdict["class"].mean() == 1  # the nearest to a training picture is itself
+    assert len(paired) == 2 and paired[0].shape == (128, 3, 32, 32)
+    # two of one thing are more alike, by eye as well, than two of others
+    first, second = paired[0].flatten(1).split(64)
+    assert (first - second).square().mean() < 0.8 * (first - second.roll(1, 0)).square().mean()
+
+
+def test_recoloured_images_keep_white_about_white():
+    torch.manual_seed(0)
+    white, red = torch.ones(200, 3, 2, 2), torch.tensor([1., -1, -1]).view(1, 3, 1, 1).expand(200, 3, 2, 2)
+    assert (evaluate.recoloured(white) - 1).abs().mean() < 0.1
+    assert 0.2 < (evaluate.recoloured(red) - red).std() < 0.5
+
+
 def test_the_frechet_distance_and_intervals_follow_their_formulas():
     seeded = torch.Generator().manual_seed(0)
     a, b = torch.randn(4000, 3, generator=seeded), 2 * torch.randn(4000, 3, generator=seeded) + 1
