@@ -93,8 +93,9 @@ def _to_rgb(image):
     return rgb
 
 
-def _tiles(image, side=1024):
-    """Yield ((left, top), PIL image) for the squares that an image falls into."""
+def _tiles(image):
+    """Yield ((left, top), PIL image) for the squares of 1,024 pixels that an image falls into."""
+    side = 1024
     for left, top in itertools.product(range(0, image.width, side), range(0, image.height, side)):
         yield (left, top), image.crop((left, top, min(left + side, image.width), min(top + side, image.height)))
 

@@ -434,12 +434,12 @@ class PatchDiscriminator(nn.Module):
     so that real and reconstructed images can go through together and several GPUs need not talk.
     """
 
-    def __init__(self, width=64):
+    def __init__(self):
         super().__init__()
-        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for c_in, c_out, stride in ((width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 1)):
+        layers = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             layers += [nn.Conv2d(c_in, c_out, 4, stride, padding=1), nn.GroupNorm(8, c_out), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, padding=1))
 
     def forward(self, images):
         return self.layers(images).float()                                        # (B, 1, H/8 - 2, W/8 - 2)
