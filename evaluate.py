@@ -7,8 +7,8 @@ Every number about quality: how well tokens rebuild an image, how well a prior f
 
 The judge is a small network that is trained here, in minutes, on training pictures: which two emoji show one thing in
 two styles, and which style is it? Of a drawn scene: kind, colour, background and place. Its features are the space in
-which pictures are compared. The paper (FlexTok, arXiv 2502.13967, section 4) reports FID and CLIP scores of 50,000 images, which need
-networks that are not here. The trainers call the first two at every evaluation.
+which pictures are compared. The paper (FlexTok, arXiv 2502.13967, section 4) reports FID and CLIP scores of 50,000
+images, which need networks that are not here. The trainers call the first two at every evaluation.
 
     python evaluate.py reconstruction                     # shipped weights and held-out emoji; a few minutes on a CPU
     python evaluate.py generation out/cpu out/cpu-prior --data shapes   # after both trainers' --preset cpu
@@ -234,7 +234,8 @@ class Judge:
         several = [pictures for pictures in drawn.values() if len(pictures) > 1]
         heads = nn.ModuleDict({name: nn.Linear(128, 1 + int(x.max())) for name, x in self.answers.items()
                                if name not in ("thing", "style")})
-        optimizer = torch.optim.AdamW(nn.ModuleList([self.net, self.style_net, heads]).parameters(), weight_decay=0.05)
+        networks = nn.ModuleList([self.net, self.style_net, heads])
+        optimizer = torch.optim.AdamW(networks.parameters(), weight_decay=0.05)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, 2e-3, 20, steps)
@@ -251,7 +252,7 @@ class Judge:
                     logits["style"] = self.style_net(images)
                 loss = sum(F.cross_entropy(x.float(), self.answers[name][rows]) for name, x in logits.items())
                 if several:
-                    likeness = (features @ features.T).float() / 0.07             # (128, 128)
+                    likeness = (features @ features.T).float() / 0.07             # (128, 128): who is my pair, of all?
                     loss = loss + F.cross_entropy(likeness - 1e9 * torch.eye(128), torch.arange(128).roll(64))
             optimizer.zero_grad()
             loss.backward()
