@@ -8,7 +8,7 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py generate --text "red heart" --n 4        # a sentence; or --label food-and-drink, or --label 3
     python sample.py generate --label 5 --stream              # out/generate.webp: the image sharpens as tokens arrive
     python sample.py reconstruct a.jpg photos/ --n 4          # your images: any size, the centre is cut out
-    python sample.py reconstruct --html out/page.html         # a page with a slider over k, for any browser; 25 s
+    python sample.py reconstruct --html out/page.html         # a page with a slider over k, for any browser; a minute
     python sample.py mix                                      # out/mix.png: first tokens of one, the rest of another
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png

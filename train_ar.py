@@ -100,7 +100,7 @@ PRESETS = {
         steps=3000, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=1500),
     "emoji64-cpu": dict(  # two CPU cores, an hour, after train_tokenizer.py --preset emoji64-cpu
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=16, width=192, depth=4,
-        head_dim=48, caption_width=96, word_dropout=0.3, token_dropout=0.2, cfg_scale=2.0,
+        head_dim=48, caption_width=96, word_dropout=0.3, token_dropout=0.2, cfg_scale=3.0,
         steps=7500, batch_size=128, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.998, eval_every=2500),
     "emoji64": dict(      # one H100, 3 minutes with --compile (run without token_dropout), after its tokenizer
         data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=256, depth=6, workers=4,
