@@ -199,8 +199,11 @@ def shipped(path):
     return beside if re.match(r"assets[/\\]", path) and not os.path.exists(path) and os.path.exists(beside) else path
 
 
-def check_output(path, flag="--out"):
-    """Raise `UserError` if `path`, a file or a folder of several, cannot be written. To be asked before computing."""
+def check_output(path, *endings, flag="--out"):
+    """Raise `UserError` if `path` has none of these endings ("": a folder), or cannot be written. Call it early."""
+    if os.path.splitext(path)[1] not in endings:
+        expected = " or ".join(ending or "none, for a folder" for ending in endings)
+        raise UserError(f"{flag} {path}: expected the ending {expected}")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -51,7 +51,8 @@ def open_data(data, image_size, split="train", augment=True, seed=0):
         do with augment=False). For a file that cannot be read it raises `UserError`, and the next image is taken.
     """
     if split not in ("train", "held_out", *["combinations"] * (data == "emoji")):
-        raise UserError(f"split {split!r}: expected train or held_out; of emoji also combinations")
+        others = ", combinations" * (data == "emoji")
+        raise UserError(f"--split {split}: expected train, held_out{others} of --data {data}")
     if data == "emoji":
         return Emoji(image_size, split, augment)
     if data == "shapes":

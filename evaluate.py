@@ -10,7 +10,7 @@ two styles, and which style is it? Of a drawn scene: kind, colour, background an
 which pictures are compared. The paper (FlexTok, arXiv 2502.13967, section 4) reports FID and CLIP scores of 50,000
 images, which need networks that are not here. The trainers call the first two at every evaluation.
 
-    python evaluate.py reconstruction                     # shipped weights and held-out emoji; a few minutes on a CPU
+    python evaluate.py reconstruction                     # shipped weights, held-out emoji; ten minutes of a core
     python evaluate.py generation out/cpu out/cpu-prior --data shapes   # after both trainers' --preset cpu
     python evaluate.py copies                             # shipped weights: how many new emoji are near copies?
     python evaluate.py clips                              # the shipped video tokenizer: kind, colour, direction, speed
@@ -27,8 +27,8 @@ from torch import nn
 from ar import GPT
 from common import (Run, UserError, autocast, check_output, check_range, command, from_cli, learning_rate, nearest,
                     pick_device)
-from data import (BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, PLACES, SPEEDS, Emoji, Shapes, open_clips, open_data,
-                  spread)
+from data import (BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, PLACES, SPEEDS, Emoji, Shapes, get_readable, open_clips,
+                  open_data, spread)
 from images import psnr, save_grid, ssim, to_float
 from model import FlexTok, powers_of_two
 from runs import Means
@@ -210,9 +210,10 @@ class Judge:
     """Says what is in a picture by the training picture most like it, in the features of a network trained for that.
 
     `net`: images (B, 3, S, S) -> features (B, 128), of length 1. Of emoji it learns which two pictures of a batch show
-    one thing in two styles (as in arXiv 2004.11362), and the category; of others, to name all that is known of them. It
-    only sees training pictures, augmented. The style of an emoji is named by a network of its own: where a thing's
-    style was held out, its nearest picture has another, and where styles do not matter, `net` forgets them.
+    one thing in two styles (a contrastive loss, arXiv 2002.05709), and the category; of others, to name all that is
+    known of them. It only sees training pictures, augmented. The style of an emoji is named by a network of its own:
+    where a thing's style was held out, its nearest picture has another, and where styles do not matter, `net` forgets
+    them. On the CPU, whatever the device.
     """
 
     def __init__(self, data, image_size, steps):
@@ -224,10 +225,11 @@ class Judge:
         rows = range(min(len(plain), 10_000))
         self.answers = factors(plain, rows)
         self._learn(open_data(data, image_size, "train", augment=True), steps, np.random.default_rng(0))
-        self.pictures = to_float(torch.stack([plain.get(i, None) for i in rows]))   # (N, 3, S, S)
-        self.features = self.look(self.pictures)                                  # (N, 128)
+        self.pictures = torch.stack([get_readable(plain, i, None)[0] for i in rows])  # (N, 3, S, S) uint8
+        self.features = torch.cat([self.look(to_float(part)) for part in self.pictures.split(256)])  # (N, 128)
 
     def _learn(self, dataset, steps, rng):
+        """Train on batches of 128 pictures of `dataset`, augmented ones; of emoji 64 pairs of one thing each."""
         drawn, known = {}, len(next(iter(self.answers.values())))  # drawn: of each thing its pictures
         for row, thing in enumerate(self.answers["thing"].tolist() if "thing" in self.answers else ()):
             drawn.setdefault(thing, []).append(row)
@@ -239,15 +241,17 @@ class Judge:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, 2e-3, 20, steps)
-            rows = rng.integers(known, size=128)                                  # (128,)
             if several:  # i and 64 + i are a pair
                 pairs = [rng.choice(several[i], 2, replace=False) for i in rng.choice(len(several), 64, replace=False)]
-                rows = np.array(pairs).T.flatten()                                # (128,)
-            images = to_float(torch.stack([dataset.get(int(i), rng) for i in rows]))  # (128, 3, S, S)
-            images = images + 0.05 * torch.randn_like(images)  # so that it does not hang on single levels
+                rows = np.array(pairs).T.flatten()                                # (64, 2) -> (128,)
+            else:
+                rows = rng.integers(known, size=128)                              # (128,)
+            images = to_float(torch.stack([get_readable(dataset, int(i), rng)[0] for i in rows]))  # (128, 3, S, S)
+            images = images + 0.05 * torch.randn_like(images)  # (128, 3, S, S): the last bits of a colour tell nothing
             with autocast(torch.device("cpu"), "auto"):
                 features = F.normalize(self.net(recoloured(images) if several else images))  # (128, 128)
-                logits = {name: head(8 * features) for name, head in heads.items()}
+                # of features of length 1 alone, without the 8, all answers would stay about equally likely
+                logits = {name: head(8 * features) for name, head in heads.items()}  # (128, answers) each
                 if several:
                     logits["style"] = self.style_net(images)
                 loss = sum(F.cross_entropy(x.float(), self.answers[name][rows]) for name, x in logits.items())
@@ -273,14 +277,14 @@ class Judge:
         said = {name: self.answers[name][most_like] for name in wanted}           # (n,) each
         if "style" in wanted:
             with torch.no_grad():
-                said["style"] = self.style_net(images.clamp(-1, 1).cpu()).argmax(1)  # (n,)
+                said["style"] = self.style_net(images.clamp(-1, 1).cpu()).argmax(1)  # (n, 4) -> (n,)
         right = {name: (said[name] == x).float() for name, x in wanted.items()}
-        return {**right, "nearest": psnr(images.cpu(), self.pictures[most_like])}, features
+        return {**right, "nearest": psnr(images.cpu(), to_float(self.pictures[most_like]))}, features
 
     def fair(self, wanted):
-        """Of `wanted`, what training pictures can have; prints the share right of those that are drawn at random.
+        """Those of `wanted` that a training picture can answer (a held-out thing is in none).
 
-        Held-out things, for one, are in none of them.
+        Prints how often one drawn at random would be right.
         """
         chance = {name: (self.answers[name] == x[:, None]).float().mean().item() for name, x in wanted.items()}
         print("chance of being right:", "  ".join(f"{name} {x:.2f}" for name, x in chance.items() if x))
@@ -317,7 +321,7 @@ def report(name, images, originals, judge, wanted, real):
         verdict, features = judge.verdict(images, wanted)
         found |= verdict
     words = [f"{what} {'%.2f ±%.2f' % interval(values)}" for what, values in found.items()]
-    if judge:
+    if judge and len(images) > 1:  # one image has no covariance
         words.append(f"Fréchet {frechet(features, real):.1f}")
     print(f"{name:>14}:", "  ".join(words), flush=True)
 
@@ -398,7 +402,7 @@ def rebuild(config):
     check_range(config, 1, 100_000, "n", "timesteps")
     check_range(config, 0, 100_000, "judge_steps")
     check_range(config, 0, 1000, "guidance_scale")
-    check_output(config.out)
+    check_output(config.out, ".png")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     size = max(tokenizer.image_size)
     held_out = open_data(config.data, size, config.split, augment=False)
@@ -407,8 +411,8 @@ def rebuild(config):
     scale = config.guidance_scale or tokenizer.recommended_guidance
     metrics, columns, header = reconstruction(tokenizer, images, config.timesteps, scale)
     save_grid(config.out, list(zip(*columns))[:8], header)  # a row per image
+    print(f"{len(images)} images, {config.split} of {config.data}; guidance {scale:g}; wrote {config.out}", flush=True)
     judge = Judge(config.data, size, config.judge_steps) if config.judge_steps else None
-    print(f"{len(images)} images, {config.split} of {config.data}; guidance {scale:g}; wrote {config.out}")
     wanted = real = None
     if judge:
         wanted, real = judge.fair(factors(held_out, rows)), judge.look(images)
@@ -468,7 +472,7 @@ def rebuild_clips(config):
 def generate(config):
     """Print what images written for held-out captions are worth, beside real ones and rebuilt ones."""
     check_range(config, 1, 100_000, "n", "judge_steps")
-    check_output(config.out)
+    check_output(config.out, ".png")
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
     if gpt.text_encoder is None:
         raise UserError(f"{config.prior}: was not trained on captions")
@@ -476,8 +480,8 @@ def generate(config):
     held_out = open_data(config.data, size, config.split, augment=False)
     images, rows = spread(held_out, config.n)                                     # (n, 3, S, S)
     images = images.to(gpt.device)
+    print(f"{len(images)} captions, {config.split} of {config.data}; first a judge is trained", flush=True)
     judge = Judge(config.data, size, config.judge_steps)
-    print(f"{len(images)} captions, {config.split} of {config.data}")
     wanted, real = judge.fair(factors(held_out, rows)), judge.look(images)
     report("real", images, None, judge, wanted, real)
     rebuilt, new = tokenizer.tokenize(images), written(gpt, captions=[held_out.caption(i) for i in rows])

@@ -131,7 +131,7 @@ def reconstruct(config):
     if is_video(config.tokenizer):
         return reconstruct_clips(config)
     check_range(config, 1, math.inf, "n")
-    check_ending(config.out, ".png")
+    check_output(config.out, ".png")
     check_page(config)
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K = tokenizer.config.registers
@@ -158,7 +158,7 @@ def generate(config):
     of_clips = is_video(config.tokenizer)
     moving = config.stream or of_clips
     out = "out/generate.webp" if moving and config.out == Generate.out else config.out
-    check_ending(out, *((".webp", ".gif") if moving else (".png",)))
+    check_output(out, *((".webp", ".gif") if moving else (".png",)))
     if of_clips and config.stream:
         raise UserError("--stream is for images: what is generated of clips is an animation anyway")
     check_page(config)
@@ -198,7 +198,7 @@ def mix(config):
     """Write the grid: A; A with its first 0, 1, 2, 4, ..., K tokens taken from B; B. A row per pair of images."""
     check_sampling(config)
     check_range(config, 1, math.inf, "n")
-    check_ending(config.out, ".png")
+    check_output(config.out, ".png")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     A, B = pairs(config, tokenizer)                                               # (n, 3, H, W) each
     rest, first = (torch.cat(tokenizer.tokenize(images)) for images in (A, B))    # (n, K) each
@@ -216,7 +216,7 @@ def encode(config):
         raise UserError("encode: name at least one image or folder")
     if is_video(config.tokenizer):
         return encode_clips(config)
-    check_ending(config.out, ".json", ".npy")
+    check_output(config.out, ".json", ".npy")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     k, = token_counts("k", [config.k], tokenizer.config.registers)
     names, rows, images = [], [], read_images(config.paths, tokenizer.image_size)
@@ -242,7 +242,7 @@ def decode(config):
     check_sampling(config)
     if is_video(config.tokenizer):
         return decode_clips(config)
-    check_ending(config.out, ".png", "")
+    check_output(config.out, ".png", "")
     tokenizer = FlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     names, tokens = read_tokens(config.paths[0], tokenizer)                       # B names, B x (k_i,)
     token_counts("ks", config.ks, min(map(len, tokens)))
@@ -277,7 +277,7 @@ def reconstruct_clips(config):
     """
     check_range(config, 1, math.inf, "n")
     out = "out/reconstruct.webp" if config.out == Reconstruct.out else config.out
-    check_ending(out, ".webp", ".gif")
+    check_output(out, ".webp", ".gif")
     check_page(config)
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     K, sizes = tokenizer.config.registers, tokenizer.config
@@ -302,7 +302,7 @@ def reconstruct_clips(config):
 
 def encode_clips(config):
     """Clips -> a .json file of tokens. One window is in memory at a time, so that clips may be of any length."""
-    check_ending(config.out, ".json")
+    check_output(config.out, ".json")
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     k, = token_counts("k", [config.k], tokenizer.config.registers)
     sizes, clips = tokenizer.config, []
@@ -319,7 +319,7 @@ def encode_clips(config):
 def decode_clips(config):
     """A file of tokens -> one animation of all clips, a column per k; or a folder of single ones, as .webp."""
     out = "out/decoded.webp" if config.out == Decode.out else config.out
-    check_ending(out, ".webp", ".gif", ".mp4", "")
+    check_output(out, ".webp", ".gif", ".mp4", "")
     tokenizer = VideoFlexTok.from_pretrained(config.tokenizer, device=pick_device(config.device))
     names, tokens = read_clip_tokens(config.paths[0], tokenizer)                  # B names, B x (t_i, k_i)
     token_counts("ks", config.ks, min(x.shape[1] for x in tokens))
@@ -464,18 +464,10 @@ def check_sampling(config):
     weights_type(config)
 
 
-def check_ending(out, *endings, flag="--out"):
-    """Raise `UserError` if `out` has none of these endings ("": a folder), or its place cannot be written to."""
-    if os.path.splitext(out)[1] not in endings:
-        expected = " or ".join(ending or "none, for a folder" for ending in endings)
-        raise UserError(f"{flag} {out}: expected the ending {expected}")
-    check_output(out, flag)
-
-
 def check_page(config):
     """Raise `UserError` if --html is asked for and cannot be written."""
     if config.html:
-        check_ending(config.html, ".html", flag="--html")
+        check_output(config.html, ".html", flag="--html")
 
 
 def token_counts(flag, ks, most):

@@ -1339,7 +1339,7 @@ def test_the_emoji_splits_are_fixed_and_hold_out_things_and_combinations_of_thin
     count = [np.bincount([emoji.label(i) for i in range(len(emoji))], minlength=10) for emoji in (train, things)]
     assert (abs(count[1] / (count[0] + count[1]) - 0.1) < 0.11).all()  # the smallest category has five things
     assert train.caption(0) == "mahjong red dragon, noto" and train.caption(6318).endswith(", fluent 3d")
-    with pytest.raises(UserError, match="expected train or held_out"):
+    with pytest.raises(UserError, match="expected train, held_out"):
         open_data("shapes", 32, "combinations")
 
 
@@ -4434,27 +4434,26 @@ def test_the_judge_knows_training_pictures_and_what_was_asked_for(monkeypatch, c
         "class": [emoji.label(3)], "thing": [emoji.members[3][1]], "style": [emoji.style(3)]}
 
 
-def test_the_judge_of_emoji_learns_from_pairs_of_one_thing(monkeypatch):
+def test_the_judge_of_emoji_learns_what_is_alike_and_styles(monkeypatch):
     class FewEmoji(Emoji):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options)
             self.members = [member for member in self.members if member[1] % 12 == 0]
 
     monkeypatch.setattr(evaluate, "open_data", lambda data, size, split, augment: FewEmoji(size, split, augment))
-    paired = []
-
-    def recoloured(images):  # sees what is compared
-        paired.append(images)
-        return images
-    monkeypatch.setattr(evaluate, "recoloured", recoloured)
-    judge, emoji = evaluate.Judge("emoji", 32, 2), FewEmoji(32, "train", augment=False)
-    wanted = evaluate.factors(emoji, range(40))
-    verdict, _ = judge.verdict(to_float(torch.stack([emoji.get(i, None) for i in range(40)])), wanted)
-    assert verdict["thing"].mean() == verdict["class"].mean() == 1  # the nearest to a training picture is itself
-    assert len(paired) == 2 and paired[0].shape == (128, 3, 32, 32)
-    # two of one thing are more alike, by eye as well, than two of others
-    first, second = paired[0].flatten(1).split(64)
-    assert (first - second).square().mean() < 0.8 * (first - second.roll(1, 0)).square().mean()
+    found, emoji = [], FewEmoji(32, "train", augment=False)
+    images = to_float(torch.stack([emoji.get(i, None) for i in range(len(emoji))]))   # (N, 3, 32, 32)
+    wanted = evaluate.factors(emoji, range(len(emoji)))
+    same = wanted["thing"][:, None] == wanted["thing"]                            # (N, N)
+    for steps in (1, 25):
+        judge = evaluate.Judge("emoji", 32, steps)
+        verdict, features = judge.verdict(images, wanted)
+        likeness = features @ features.T                                          # (N, N)
+        share = torch.stack([(row[mine].min() > row[~mine]).float().mean() for row, mine in zip(likeness, same)]).mean()
+        found.append((share.item(), verdict["style"].mean().item()))
+        assert verdict["thing"].mean() == verdict["class"].mean() == 1  # the nearest to a training picture is itself
+    (alike_before, style_before), (alike_after, style_after) = found  # share: of others, less like it than its own are
+    assert alike_after > 0.9 > alike_before and style_after > style_before + 0.1 and style_after > 0.4
 
 
 def test_recoloured_images_keep_white_about_white():
@@ -4462,6 +4461,7 @@ def test_recoloured_images_keep_white_about_white():
     white, red = torch.ones(200, 3, 2, 2), torch.tensor([1., -1, -1]).view(1, 3, 1, 1).expand(200, 3, 2, 2)
     assert (evaluate.recoloured(white) - 1).abs().mean() < 0.1
     assert 0.2 < (evaluate.recoloured(red) - red).std() < 0.5
+    assert evaluate.recoloured(red).flatten(2).std(2).max() < 1e-6  # a colour stays one colour
 
 
 def test_the_frechet_distance_and_intervals_follow_their_formulas():

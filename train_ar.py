@@ -102,7 +102,7 @@ PRESETS = {
         data="emoji", tokenizer="out/emoji64-cpu", out="out/emoji64-cpu-prior", views=16, width=192, depth=4,
         head_dim=48, caption_width=96, word_dropout=0.3, token_dropout=0.2, cfg_scale=3.0,
         steps=7500, batch_size=128, lr=2e-3, muon_lr=0.01, warmup=100, ema_decay=0.998, eval_every=2500),
-    "emoji64": dict(      # one H100, 3 minutes with --compile (run without token_dropout), after its tokenizer
+    "emoji64": dict(      # one H100, 3 minutes by the rate of an AdamW run that was stopped; after its tokenizer
         data="emoji", tokenizer="out/emoji64", out="out/emoji64-prior", views=16, width=256, depth=6, workers=4,
         caption_width=128, word_dropout=0.3, token_dropout=0.2, cfg_scale=2.0,
         steps=6000, batch_size=256, lr=1.5e-3, muon_lr=0.01, warmup=200, ema_decay=0.999, eval_every=3000),
