@@ -1608,7 +1608,7 @@ def test_films_that_are_broken_or_too_short_are_named_and_left_out(tmp_path, cap
 def test_open_data_refuses_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="emoji, shapes or an existing folder"):
         open_data("emojis", 64)
-    with pytest.raises(UserError, match="train or held_out"):
+    with pytest.raises(UserError, match="train, held_out"):
         open_data("emoji", 64, "test")
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
         open_data(str(tmp_path), 64)
