@@ -220,6 +220,7 @@ class Judge:
         """data: as for `open_data`. steps: of 128 pictures; 1,500 of emoji take 4 min 34 s of a core."""
         torch.manual_seed(0)
         self.net = small_network(32, 64, 128, 128)
+        # used for emoji alone, which have 4 styles
         self.style_net = nn.Sequential(small_network(32, 64, 64), nn.SiLU(), nn.Linear(128, 4))
         plain = open_data(data, image_size, "train", augment=False)
         rows = range(min(len(plain), 10_000))

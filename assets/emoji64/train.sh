@@ -1,8 +1,8 @@
 #!/bin/sh
 # How the weights in this folder were made, with seed 0; run it in the repository's folder. Times and what to expect:
 # RESULTS.md. What differs when it is repeated is how other hardware rounds, and that the VAE of these weights had been
-# rounded to 16 bits before the tokenizer was trained on it. Without a GPU, give both trainers --preset emoji64-cpu, and
-# leave out --tokenizer and --out: a smaller tokenizer, in an hour and a half, in out/emoji64-cpu.
+# rounded to 16 bits before the tokenizer was trained on it. Without a GPU, --preset
+# emoji64-cpu makes a smaller tokenizer in an hour and a half of two cores, in out/emoji64-cpu.
 set -e
 # the VAE, 24 numbers become 1: 22 minutes of CPU time. Without --vae, the next command would train it first itself
 python vae.py --preset emoji64
