@@ -111,15 +111,15 @@ PRESETS = {
         enc_depth=4, dec_depth=4, enc_width=128, dec_width=128, registers=16, autoencoder_share=0.1,
         steps=4500, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.997, eval_every=2250, eval_guidance=2.5),
     "emoji64-cpu": dict(  # two CPU cores, 1½ hours with a VAE at hand: emoji at 64 px, 64 tokens of 10 bits
-        SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64-cpu", cache_latents=16,
+        SHORT, data="emoji", image_size=64, vae_preset="emoji64-cpu", out="out/emoji64-cpu", cache_latents=16,
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, nested_dropout="mixed",
         autoencoder_share=0.05, steps=10_000, batch_size=128, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=2500,
         eval_guidance=3.0),
     "emoji64": dict(      # one H100, 10 minutes with --compile and a VAE at hand: deeper, patches of 1
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=32, workers=8,
-        patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, nested_dropout="mixed",
-        autoencoder_share=0.05, steps=15_000, batch_size=512, lr=1.5e-3, warmup=500, ema_decay=0.999, eval_every=3750,
-        eval_guidance=3.0),
+        patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, levels=(4, 4, 4, 4),
+        nested_dropout="mixed", autoencoder_share=0.05, steps=12_000, batch_size=512, lr=1.5e-3, warmup=500,
+        ema_decay=0.999, eval_every=6000, eval_guidance=3.0),
     "d12-d12": dict(      # the paper's small one: 8 H100, 10 hours by arithmetic (not run), ImageNet in --data
         PAPER, enc_depth=12, dec_depth=12, out="out/d12-d12"),
     "d18-d18": dict(      # the paper's middle one: 8 H100, 1.4 days by arithmetic (not run)

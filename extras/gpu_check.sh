@@ -43,7 +43,7 @@ ALL="--device $DEVICE --log_every 4 --steps 12 --warmup 2"
 T="train_tokenizer.py --preset emoji64-cpu $ALL --vae $W/vae --cache_latents 0 --batch_size 32 --eval_images 4"
 A="$P train_ar.py --preset emoji64-cpu $ALL --tokenizer assets/emoji64 --views 1 --batch_size 32 --eval_images 8"
 A+=" --out $W/prior"
-V="$P vae.py --preset emoji64 $ALL --gan_weight 0.5 --gan_start 4 --out $W/v"
+V="$P vae.py --preset emoji64-cpu $ALL --gan_weight 0.5 --gan_start 4 --out $W/v"
 S="--n 2 --device $DEVICE --timesteps 4 --out $W"
 FP16=${QUICK:+fp32} FP16=${FP16:-fp16}  # which a CPU has too, but slowly
 tokenizers() {
