@@ -71,6 +71,7 @@ class Generation:
     split: str = "held_out"              # held_out, or of emoji: combinations
     n: int = 100                         # at most this many captions
     judge_steps: int = 1500              # to train the judge
+    timesteps: int = 4                   # steps of the flow sampler, as sample.py takes
     out: str = "out/generation.png"      # picture of the first eight
     device: str = "auto"                 # auto, cpu, cuda, mps
 
@@ -81,6 +82,7 @@ class Copies:
     tokenizer: str = "assets/emoji64"    # directory of a tokenizer of emoji
     prior: str = "assets/emoji64/prior"  # directory of a prior trained on its tokens
     n: int = 100                         # images of each kind
+    timesteps: int = 4                   # steps of the flow sampler, as sample.py takes
     device: str = "auto"                 # auto, cpu, cuda, mps
 
 
@@ -340,6 +342,7 @@ def copies(config):
     tokens and from one.
     """
     check_range(config, 1, 721, "n")  # there are 721 held-out emoji
+    check_range(config, 1, 100_000, "timesteps")
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
     if gpt.text_encoder is None or not gpt.config.classes:
         raise UserError(f"{config.prior}: was not trained on both classes and captions, which it is asked for here")
@@ -353,7 +356,7 @@ def copies(config):
         return torch.cat(parts).flatten(1)                                        # (n, C·h·w)
 
     def drawn(tokens):
-        return latents_of(draw(tokenizer, tokens, 25, tokenizer.recommended_guidance))  # (n, C·h·w)
+        return latents_of(draw(tokenizer, tokens, config.timesteps, tokenizer.recommended_guidance))  # (n, C·h·w)
 
     known, some = latents_of(images), torch.arange(n) * len(images) // n          # (N, C·h·w), (n,)
     near = (drawn(tokenizer.tokenize(images[some])) - known[some]).norm(dim=1).median()
@@ -472,7 +475,7 @@ def rebuild_clips(config):
 
 def generate(config):
     """Print what images written for held-out captions are worth, beside real ones and rebuilt ones."""
-    check_range(config, 1, 100_000, "n", "judge_steps")
+    check_range(config, 1, 100_000, "n", "judge_steps", "timesteps")
     check_output(config.out, ".png")
     tokenizer, gpt = load(config.tokenizer, config.prior, pick_device(config.device))
     if gpt.text_encoder is None:
@@ -489,7 +492,7 @@ def generate(config):
     columns, ks, scale = [images], powers_of_two(gpt.config.length), tokenizer.recommended_guidance
     for name, tokens in (("rebuilt", rebuilt), ("new", new)):
         for k in ks:
-            columns.append(draw(tokenizer, [row[:, :k] for row in tokens], 25, scale))  # (n, 3, S, S)
+            columns.append(draw(tokenizer, [row[:, :k] for row in tokens], config.timesteps, scale))  # (n, 3, S, S)
             report(f"{name} k={k}", columns[-1], None, judge, wanted, real)
     save_grid(config.out, list(zip(images, *columns[-len(ks):]))[:8], ["real", *(f"k={k}" for k in ks)])
     print(f"wrote {config.out}")

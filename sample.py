@@ -8,7 +8,7 @@ Use trained models from the command line: rebuild images from few tokens, genera
     python sample.py generate --text "red heart" --n 4        # a sentence; or --label food-and-drink, or --label 3
     python sample.py generate --label 5 --stream              # out/generate.webp: the image sharpens as tokens arrive
     python sample.py reconstruct a.jpg photos/ --n 4          # your images: any size, the centre is cut out
-    python sample.py reconstruct --html out/page.html         # a page with a slider over k, for any browser; a minute
+    python sample.py reconstruct --html out/page.html         # a page with a slider over k, any browser; half a minute
     python sample.py mix                                      # out/mix.png: first tokens of one, the rest of another
     python sample.py encode a.jpg b.png --k 16 --out tokens.json    # or tokens.npy
     python sample.py decode tokens.json --ks 1 4 16 --out out/decoded.png
@@ -52,7 +52,7 @@ class Reconstruct:
     html: str = ""                    # a page to write as well, with a slider over the number of tokens
     n: int = 8                        # at most this many images
     ks: tuple = (0,)                  # numbers of tokens; 0: 1, 2, 4, ..., all
-    timesteps: int = 8                # steps of the flow sampler
+    timesteps: int = 4                # steps of the flow sampler; official checkpoints: 20 or so
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
     tokenizer: str = SHIPPED          # directory of a tokenizer
@@ -73,7 +73,7 @@ class Generate:
     temperature: float = -1.0         # below 1: less varied; 0: the likeliest token; -1: what the prior recommends
     top_k: int = 0                    # choose among this many likeliest tokens; 0: all
     top_p: float = 0.0                # choose among the likeliest that together reach this probability; 0: all
-    timesteps: int = 8                # steps of the flow sampler
+    timesteps: int = 4                # steps of the flow sampler; official checkpoints: 20 or so
     guidance_scale: float = 0.0       # guidance of the decoder; 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the tokens and of the sampler's noise
     stream: bool = False              # write an animation, one frame per token
@@ -89,7 +89,7 @@ class Mix:
     paths: tuple = ()                 # images A B A B ...; none: held-out emoji, the same thing in two styles
     out: str = "out/mix.png"          # the picture to write
     n: int = 8                        # at most this many pairs
-    timesteps: int = 8                # steps of the flow sampler
+    timesteps: int = 4                # steps of the flow sampler; official checkpoints: 20 or so
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
     tokenizer: str = SHIPPED          # directory of a tokenizer
@@ -113,7 +113,7 @@ class Decode:
     paths: tuple = ()                 # one .json or .npy file (of clips .json), as written by encode
     out: str = "out/decoded.png"      # a picture, a row per image and a column per k; or a folder, for single images
     ks: tuple = (0,)                  # keep only this many tokens; 0: all there are
-    timesteps: int = 8                # steps of the flow sampler
+    timesteps: int = 4                # steps of the flow sampler; official checkpoints: 20 or so
     guidance_scale: float = 0.0       # 1.0: none; 0.0: what the tokenizer recommends
     seed: int = 0                     # of the sampler's noise
     tokenizer: str = SHIPPED          # directory of a tokenizer

@@ -4376,7 +4376,7 @@ def test_the_commands_of_evaluate_print_their_numbers_and_refuse(tmp_path, tiny_
     words = r" *k=4: PSNR \d+.\d\d ±\d.\d\d  SSIM .*  kind .* colour .* nearest .* Fréchet \d+.\d"
     assert re.match(words, lines[-2]) and lines[-1].startswith("distinct tokens")
     evaluate.main(["generation", tiny_tokenizer, prior, "--data", "shapes", "--split", "held_out", "--n", "4",
-                   "--judge_steps", "1"])
+                   "--judge_steps", "1", "--timesteps", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].strip() for line in lines[2:-1]] == [
         "real", *(f"{what} k={k}" for what in ("rebuilt", "new") for k in (1, 2, 4))]

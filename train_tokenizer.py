@@ -115,7 +115,7 @@ PRESETS = {
         enc_depth=3, dec_depth=6, enc_width=192, dec_width=192, registers=64, nested_dropout="mixed",
         autoencoder_share=0.05, steps=10_000, batch_size=128, lr=1.5e-3, warmup=200, ema_decay=0.999, eval_every=2500,
         eval_guidance=3.0),
-    "emoji64": dict(      # one H100, 10 minutes with --compile and a VAE at hand: deeper, patches of 1
+    "emoji64": dict(      # one H100, 11 minutes with --compile, the VAE included: 64 tokens of a byte, patches of 1
         SHORT, data="emoji", image_size=64, vae_preset="emoji64", out="out/emoji64", cache_latents=32, workers=8,
         patch_size=1, enc_depth=4, dec_depth=7, enc_width=192, dec_width=192, registers=64, levels=(4, 4, 4, 4),
         nested_dropout="mixed", autoencoder_share=0.05, steps=12_000, batch_size=512, lr=1.5e-3, warmup=500,

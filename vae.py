@@ -403,7 +403,7 @@ PRESETS = {
         batch_size=8, steps=2500, lr=1e-3, warmup=50, kl_weight=1e-3, ema_decay=0.998),
     "emoji64-cpu": dict(  # 22 minutes of CPU time: emoji at 64 px, 24 numbers become 1, 27.2 dB held out
         EMOJI, out="out/vae_emoji64-cpu", batch_size=16, steps=3000, lr=1.5e-3, warmup=50, eval_every=1000),
-    "emoji64": dict(      # 2 minutes of an H100 with --compile: the same, longer
+    "emoji64": dict(      # 2½ minutes of an H100 with --compile: the same, longer
         EMOJI, out="out/vae_emoji64", batch_size=64, steps=12_000, lr=2e-3, warmup=200, eval_every=4000, workers=6),
     # 2.7 TFLOP an image and step, forwards and back, at 30 % of the peak. The paper's settings are not public;
     # kl_weight is LDM's 1e-6 (arXiv 2112.10752) in our normalisation, times 16/64/3.

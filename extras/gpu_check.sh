@@ -80,8 +80,8 @@ if [[ $PARTS == *bench* ]] && [ -z "$QUICK" ]; then
 fi
 if [[ $PARTS == *train* ]]; then  # what is shipped: VAE, tokenizer, prior, as the presets say, but for their steps
   UNTIL="timeout --preserve-status -s TERM"  # then it saves, and that is well
-  step train_vae 150 1 $UNTIL 145 $P vae.py --preset emoji64 --device "$DEVICE" --out "$W/v64" \
-    ${QUICK:+--steps 20} $COMPILE
+  step train_vae 150 1 $UNTIL 145 $P vae.py --preset emoji64${QUICK:+-cpu} --device "$DEVICE" --out "$W/v64" \
+    --steps $([ "$QUICK" ] && echo 20 || echo 8000) $COMPILE
   # `watch` timed a step; 230 s are for compiling, filling caches, evaluating, the prior and packing
   MS=$(tail -n 1 "$W/watch_compiled.log" | grep -o '"ms": [0-9]*' | grep -o '[0-9]*$' || echo 1000)
   STEPS=$((900 * ($(left) - 230) / (MS + 1)))
