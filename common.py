@@ -244,12 +244,14 @@ def pick_device(name="auto"):
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1 or mps")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
+        torch.zeros(1, device=device)
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # a CUDA graph records what runs on the current one
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device auto") from None
     return device
 

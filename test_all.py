@@ -804,6 +804,7 @@ def test_vae_config_keys_that_are_absent_mean_the_defaults_of_diffusers():
 @pytest.mark.parametrize("change, words", [
     ({"act_fn": "gelu"}, "act_fn 'gelu' is not supported"),
     ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny'"),
+    ({"format": "minFlexTok"}, "format 'minFlexTok', expected a VAE's"),
     ({"shift_factor": 0.1}, "shift_factor 0.1"),
     ({"latents_mean": [0.0] * 4}, "latents_mean"),
     ({"in_channels": 4}, "in_channels 4"),

@@ -299,7 +299,11 @@ class VAE(nn.Module):
         name = shipped(name)
         from extras.hub import find  # late: only who asks for a name of the hub needs it
         config_path, weights_path = find(name, "config.json", "diffusion_pytorch_model.safetensors")
-        config = config_from_diffusers(read_json(config_path), config_path)
+        raw = read_json(config_path)
+        if isinstance(raw, dict) and str(raw.get("format")).startswith("minFlexTok"):
+            raise UserError(f"{config_path}: of format {shown(raw['format'])}, expected a VAE's; for a tokenizer's own "
+                            f"call FlexTok.from_pretrained(...).vae.save_pretrained(DIR)")
+        config = config_from_diffusers(raw, config_path)
         with torch.device("meta"):  # shapes without memory, until the weights come
             vae = cls(config)
         load_weights(vae, modern_names(load_tensors(weights_path)), weights_path, device, dtype)
