@@ -1975,6 +1975,7 @@ held = [parameters, [p for p in averages[0].parameters() if hasattr(p, "to_local
 shares = [sum(x.to_local().untyped_storage().nbytes() for x in part) / sum(4 * x.numel() for x in part)
           for part in held]
 open(f"held{torch.distributed.get_rank()}.json", "w").write(json.dumps(shares))
+torch.distributed.destroy_process_group()  # its threads, left to the interpreter's last breath, may abort it
 """
 
 
@@ -2871,7 +2872,7 @@ def test_two_processes_tokenise_and_train_the_prior_as_one(tmp_path, tiny_tokeni
     env, moments = {**os.environ, "OMP_NUM_THREADS": "1"}, []
     code = (f"import sys; sys.path.insert(0, {HERE!r}); import train_ar; from data import Shapes\n"
             "train_ar.open_data = lambda data, size, split, augment, seed: Shapes(size, split, seed, length=300)\n"
-            "from common import from_cli; train_ar.main(from_cli(train_ar.ARConfig))\n")
+            "from common import command, from_cli; command(train_ar.main, from_cli(train_ar.ARConfig))\n")
     (tmp_path / "run.py").write_text(code)
     settings = {**TINY_PRIOR, "tokenizer": tiny_tokenizer, "steps": 2, "stop_at": 1}
     arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
