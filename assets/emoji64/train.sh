@@ -1,8 +1,8 @@
 #!/bin/sh
 # How the weights in this folder were made, with seed 0, on an H100; run it in the repository's folder. Times and what
 # to expect: RESULTS.md. What differs when it is repeated is how other hardware rounds. Without a GPU: --preset
-# emoji64-cpu in the first two commands, in out/emoji64-cpu and out/emoji64-cpu-prior; with "OMP_NUM_THREADS=1 torchrun
-# --standalone --nproc_per_node 2" in place of "python" about three hours of two cores.
+# emoji64-cpu in the first two commands makes smaller models, in out/emoji64-cpu and out/emoji64-cpu-prior; with
+# "OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2" in place of "python" in about three hours of two cores.
 set -e
 # the VAE, 24 numbers become 1, and the tokenizer: 11 minutes
 python train_tokenizer.py --preset emoji64 --compile
